@@ -263,7 +263,10 @@ func Addr(a netip.Addr) Value {
 func (v Value) Kind() Kind { return v.kind }
 
 // Bool returns the value of a BOOL.
-func (v Value) Bool() (b, ok bool) { return v.lo == 1, v.kind == KindBool }
+func (v Value) Bool() (b, ok bool) {
+	ok = v.kind == KindBool
+	return ok && v.lo == 1, ok
+}
 
 // Int returns the value of any integer kind that fits an int64.
 func (v Value) Int() (int64, bool) {
@@ -271,7 +274,9 @@ func (v Value) Int() (int64, bool) {
 	case KindInt32, KindInt64, KindUint32:
 		return int64(v.lo), true
 	case KindUint64:
-		return int64(v.lo), v.lo <= math.MaxInt64
+		if v.lo <= math.MaxInt64 {
+			return int64(v.lo), true
+		}
 	}
 	return 0, false
 }
@@ -282,7 +287,9 @@ func (v Value) Uint() (uint64, bool) {
 	case KindUint32, KindUint64:
 		return v.lo, true
 	case KindInt32, KindInt64:
-		return v.lo, int64(v.lo) >= 0
+		if int64(v.lo) >= 0 {
+			return v.lo, true
+		}
 	}
 	return 0, false
 }

@@ -210,6 +210,83 @@ func TestValueFlags(t *testing.T) {
 	}
 }
 
+// A value of another kind, or one that does not fit, is the zero value and
+// false, so that a caller who drops the bool never sees a wrapped number.
+func TestValueAccessors(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	type boolean struct{ b, ok bool }
+	type integer struct {
+		i  int64
+		ok bool
+	}
+	type unsigned struct {
+		u  uint64
+		ok bool
+	}
+	type address struct {
+		a  netip.Addr
+		ok bool
+	}
+	for _, tt := range []struct {
+		v     Value
+		kind  Kind
+		b     boolean
+		i     integer
+		u     unsigned
+		a     address
+		bytes string
+		str   string
+	}{
+		{v: Value{}, kind: KindNull, str: "null"},
+		{v: Bool(true), kind: KindBool, b: boolean{true, true}, str: "true"},
+		{v: Bool(false), kind: KindBool, b: boolean{false, true}, str: "false"},
+		{v: Int32(1), kind: KindInt32, i: integer{1, true}, u: unsigned{1, true}, str: "1"},
+		{v: Int32(-1), kind: KindInt32, i: integer{-1, true}, str: "-1"},
+		{v: Uint32(math.MaxUint32), kind: KindUint32, i: integer{math.MaxUint32, true}, u: unsigned{math.MaxUint32, true}, str: "4294967295"},
+		{v: Int64(math.MaxInt64), kind: KindInt64, i: integer{math.MaxInt64, true}, u: unsigned{math.MaxInt64, true}, str: "9223372036854775807"},
+		{v: Int64(math.MinInt64), kind: KindInt64, i: integer{math.MinInt64, true}, str: "-9223372036854775808"},
+		{v: Uint64(math.MaxInt64), kind: KindUint64, i: integer{math.MaxInt64, true}, u: unsigned{math.MaxInt64, true}, str: "9223372036854775807"},
+		{v: Uint64(math.MaxUint64), kind: KindUint64, u: unsigned{math.MaxUint64, true}, str: "18446744073709551615"},
+		{v: Addr(v4), kind: KindIPv4, a: address{v4, true}, str: "192.0.2.1"},
+		{v: Addr(v6), kind: KindIPv6, a: address{v6, true}, str: "2001:db8::1"},
+		{v: ipv6("::ffff:192.0.2.1"), kind: KindIPv6, a: address{v4, true}, str: "192.0.2.1"},
+		{v: String("true"), kind: KindString, bytes: "true", str: "true"},
+		{v: String(""), kind: KindString},
+		{v: Binary([]byte("\x00\xff")), kind: KindBinary, bytes: "\x00\xff", str: "\x00\xff"},
+		{v: Binary(nil), kind: KindBinary},
+	} {
+		name := tt.kind.String() + " " + tt.str
+		if want, have := tt.kind, tt.v.Kind(); want != have {
+			t.Errorf("%s: Kind: want %v, have %v", name, want, have)
+		}
+		var b boolean
+		if b.b, b.ok = tt.v.Bool(); b != tt.b {
+			t.Errorf("%s: Bool: want %v, have %v", name, tt.b, b)
+		}
+		var i integer
+		if i.i, i.ok = tt.v.Int(); i != tt.i {
+			t.Errorf("%s: Int: want %v, have %v", name, tt.i, i)
+		}
+		var u unsigned
+		if u.u, u.ok = tt.v.Uint(); u != tt.u {
+			t.Errorf("%s: Uint: want %v, have %v", name, tt.u, u)
+		}
+		var a address
+		if a.a, a.ok = tt.v.Addr(); a != tt.a {
+			t.Errorf("%s: Addr: want %v, have %v", name, tt.a, a)
+		}
+		if want, have := tt.bytes, string(tt.v.Bytes()); want != have {
+			t.Errorf("%s: Bytes: want %q, have %q", name, want, have)
+		}
+		if want, have := tt.str, tt.v.String(); want != have {
+			t.Errorf("%s: String: want %q, have %q", name, want, have)
+		}
+		if c := tt.v.Clone(); !same(tt.v, c) {
+			t.Errorf("%s: Clone: want the same, have %v %v", name, c.kind, c)
+		}
+	}
+}
+
 // What a handler is told it may keep must not change when the payload's buffer
 // and the notify are used again.
 func TestLifetime(t *testing.T) {

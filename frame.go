@@ -783,7 +783,7 @@ func (n *notify) release() {
 func (m *Message) Decode(dst any) error {
 	p := reflect.ValueOf(dst)
 	if p.Kind() != reflect.Pointer || p.IsNil() || p.Elem().Kind() != reflect.Struct {
-		return fmt.Errorf("spoa: message %s: cannot decode into %T: want a pointer to a struct", m.name, dst)
+		return fmt.Errorf("spoa: message %s: cannot decode into %v: want a pointer to a struct", m.name, reflect.TypeOf(dst))
 	}
 	s := p.Elem()
 	plan := decodePlanOf(s.Type())
@@ -904,7 +904,7 @@ func setField(f reflect.Value, v Value) bool {
 	case f.Type() == addrType:
 		a, ok := v.Addr()
 		if ok {
-			*f.Addr().Interface().(*netip.Addr) = a
+			*(*netip.Addr)(f.Addr().UnsafePointer()) = a
 		}
 		return ok
 	case v.kind != KindString && v.kind != KindBinary:

@@ -1393,6 +1393,12 @@ func TestAllocs(t *testing.T) {
 	if total != 11 {
 		t.Errorf("want 3+2+1+2+3 = 11, have %d", total)
 	}
+	wantAllocs(t, "Decode", 0, func() {
+		var r request // must not escape either
+		if err := requestMessage.Decode(&r); err != nil || r.Port != 443 {
+			t.Fatalf("want port 443, have %d, %v", r.Port, err)
+		}
+	})
 }
 
 func BenchmarkDecodeNotify(b *testing.B) {

@@ -807,7 +807,7 @@ func (m *Message) Decode(dst any) error {
 			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %s", m.name, f.name, f.typ, have)
 		}
 		if !setField(s.Field(f.index), v) {
-			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %v", m.name, f.name, f.typ, v.kind, v)
+			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %.40v", m.name, f.name, f.typ, v.kind, v)
 		}
 	}
 	return nil

@@ -914,6 +914,7 @@ func TestDecodeField(t *testing.T) {
 		{Int64(-1), into[uint](), "want uint, have int64 -1"},
 		{Bool(true), into[int](), "want int, have bool true"},
 		{String("1"), into[int](), "want int, have string 1"},
+		{String(strings.Repeat("x", 8<<10)), into[int](), "want int, have string " + strings.Repeat("x", 40)},
 		{Bool(false), into[bool](), "false"},
 		{Int64(1), into[bool](), "want bool, have int64 1"},
 		{String("true"), into[bool](), "want bool, have string true"},

@@ -37,6 +37,7 @@ const (
 	minFrameSize     = 256   // least that may be negotiated
 	helloFrameSize   = 16384 // limit until a size has been negotiated
 	defaultFrameSize = 64<<10 - 1
+	maxFrameSize     = 1 << 28 // HAProxy's own limit of buffers
 	maxHeaderLen     = 1 + 4 + 2*maxVarintLen
 	maxVarintLen     = 10
 )
@@ -133,6 +134,18 @@ func appendVarint(b []byte, v uint64) []byte {
 		v = (v - 128) >> 7
 	}
 	return append(b, byte(v))
+}
+
+func varintLen(v uint64) int {
+	n := 1
+	for limit := uint64(240); v >= limit && n < maxVarintLen; n++ {
+		v = (v - limit) >> 4
+		if n > 1 {
+			v >>= 3
+		}
+		limit = 128
+	}
+	return n
 }
 
 // varint decodes a varint at the beginning of b and says how many bytes it
@@ -1072,4 +1085,72 @@ func cutAction(b []byte) (a Action, rest []byte, ok bool) {
 		return a, rest, true
 	}
 	return a, nil, false
+}
+
+var frameNames = map[byte]string{
+	frameUnset:             "UNSET",
+	frameHAProxyHello:      "HAPROXY-HELLO",
+	frameHAProxyDisconnect: "HAPROXY-DISCONNECT",
+	frameNotify:            "NOTIFY",
+	frameAgentHello:        "AGENT-HELLO",
+	frameAgentDisconnect:   "AGENT-DISCONNECT",
+	frameAck:               "ACK",
+}
+
+// describe returns a frame, with its length, in readable form.
+func describe(b []byte) string {
+	var f frame
+	if len(b) < lengthSize || !f.parse(b[lengthSize:]) {
+		return fmt.Sprintf("malformed: %x", b)
+	}
+	var s strings.Builder
+	name, ok := frameNames[f.kind]
+	if !ok {
+		name = "type " + strconv.Itoa(int(f.kind))
+	}
+	s.WriteString(name)
+	if f.abort() {
+		s.WriteString(" ABORT")
+	}
+	if !f.fin() {
+		s.WriteString(" unfinished")
+	}
+	fmt.Fprintf(&s, " %d:%d", f.stream, f.id)
+	switch {
+	case f.kind == frameNotify && f.fin():
+		var n notify
+		if n.decode(f.payload, new(names)) != nil {
+			return s.String() + " malformed"
+		}
+		for i := range n.msgs {
+			fmt.Fprintf(&s, " %s(", n.msgs[i].name)
+			for i, a := range n.msgs[i].args {
+				if i > 0 {
+					s.WriteString(", ")
+				}
+				fmt.Fprintf(&s, "%s=%v %q", a.Name, a.Value.kind, a.Value.String())
+			}
+			s.WriteString(")")
+		}
+	case f.kind == frameAck:
+		a := Actions{buf: f.payload}
+		for act := range a.All() {
+			fmt.Fprintf(&s, " %v", act)
+		}
+	case f.kind == frameUnset || f.kind == frameNotify:
+		fmt.Fprintf(&s, " %d bytes", len(f.payload))
+	default:
+		for b := f.payload; len(b) > 0; {
+			key, rest, ok := cutString(b)
+			var v Value
+			if ok {
+				b, ok = cutValue(rest, &v)
+			}
+			if !ok {
+				return s.String() + " malformed"
+			}
+			fmt.Fprintf(&s, " %s=%q", key, v.String())
+		}
+	}
+	return s.String()
 }

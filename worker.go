@@ -300,7 +300,10 @@ type workers struct {
 
 	watchMu  sync.Mutex
 	hot      []*lane // that have, or had a moment ago, handlers running
-	watching bool
+	watching bool    // timer is to call watch, or has
+	timer    *time.Timer
+	looked   []*lane // watch's own
+	outward  int     // likewise: ticks since a reader was seen with a handler to run
 
 	unknownMu sync.Mutex
 	unknown   map[string]bool // names that nobody handles, warned of
@@ -310,6 +313,8 @@ func newWorkers(o *options) *workers {
 	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool)}
 	w.limit.now = w.clock
 	w.free.Store(int64(o.workers))
+	w.timer = time.AfterFunc(time.Hour, w.watch)
+	w.timer.Stop()
 	return w
 }
 
@@ -611,7 +616,7 @@ func (w *workers) heat(l *lane) {
 		w.hot = append(w.hot, l)
 		if !w.watching {
 			w.watching = true
-			go w.watch()
+			w.timer.Reset(tick)
 		}
 	}
 	w.watchMu.Unlock()
@@ -619,44 +624,42 @@ func (w *workers) heat(l *lane) {
 
 const (
 	tick       = time.Millisecond
+	coarseTick = 8 * time.Millisecond
+	fineTicks  = 32          // without an inline call, then the tick is coarse
 	slowWarn   = time.Second // a handler that takes longer is warned of
-	quietTicks = 100         // without a handler, and the watch ends
 )
 
-// watch looks at the lanes whose handlers run, every tick: it takes connections
-// away from stalled readers, answers what is late, and warns of slow handlers.
-// It ends when nothing has run for a while.
+// watch looks at the lanes whose handlers run: it takes connections away from
+// stalled readers, answers what is late, and warns of slow handlers. It runs
+// every tick while there are such lanes, and less often while none of their
+// readers has a handler to run and nothing can be late.
 func (w *workers) watch() {
-	t := time.NewTicker(tick)
-	defer t.Stop()
-	var lanes []*lane
-	for quiet := 0; quiet < quietTicks || !w.watchEnds(); {
-		<-t.C
-		now := w.clock()
-		w.watchMu.Lock()
-		lanes, w.hot = w.hot, lanes[:0]
-		w.watchMu.Unlock()
-		kept := lanes[:0]
-		for _, l := range lanes {
-			if l.look(now) || l.stillHot() {
-				kept = append(kept, l)
-			}
-		}
-		if quiet++; len(kept) > 0 {
-			quiet = 0
-		}
-		w.watchMu.Lock()
-		w.hot = append(w.hot, kept...)
-		w.watchMu.Unlock()
-		clear(lanes)
-	}
-}
-
-func (w *workers) watchEnds() bool {
+	now := w.clock()
 	w.watchMu.Lock()
-	defer w.watchMu.Unlock()
-	w.watching = len(w.hot) > 0
-	return !w.watching
+	w.looked, w.hot = w.hot, w.looked[:0]
+	w.watchMu.Unlock()
+	kept := w.looked[:0]
+	w.outward++
+	for _, l := range w.looked {
+		inline, busy := l.look(now)
+		if inline {
+			w.outward = 0
+		}
+		if inline || busy || l.stillHot() {
+			kept = append(kept, l)
+		}
+	}
+	next := tick
+	if w.outward > fineTicks && w.handlerTimeout == 0 {
+		next = coarseTick
+	}
+	w.watchMu.Lock()
+	w.hot = append(w.hot, kept...)
+	clear(w.looked)
+	if w.watching = len(w.hot) > 0; w.watching {
+		w.timer.Reset(next)
+	}
+	w.watchMu.Unlock()
 }
 
 // stillHot takes l out of the watch, unless a handler was begun since it was
@@ -669,12 +672,13 @@ func (l *lane) stillHot() bool {
 	return (busy || l.call.Load().running()) && l.hot.CompareAndSwap(false, true)
 }
 
-// look does the watch's work on one lane and tells whether handlers run there.
-func (l *lane) look(now time.Duration) bool {
+// look does the watch's work on one lane, and tells whether its reader runs a
+// handler and whether others do.
+func (l *lane) look(now time.Duration) (inline, busy bool) {
 	l.mu.Lock()
 	c := l.call.Load()
 	s := c.seq.Load()
-	inline := s&1 == 1
+	inline = s&1 == 1
 	switch {
 	case !inline:
 	case s != l.seen:
@@ -688,7 +692,7 @@ func (l *lane) look(now time.Duration) bool {
 		shed = l.shed(now)
 		late, slow = l.overdue(now)
 	}
-	busy := l.running.head != nil || l.queued.head != nil
+	busy = l.running.head != nil || l.queued.head != nil
 	var names []string
 	for _, j := range slow {
 		for i := range j.msgs {
@@ -705,7 +709,7 @@ func (l *lane) look(now time.Duration) bool {
 			level.Warn(l.workers.logger).Log("msg", "slow handler", "message", name, "running", slowWarn, "suppressed", n)
 		}
 	}
-	return inline || busy
+	return inline, busy
 }
 
 // takeOver takes the connection's reading from call s, unless that has ended,

@@ -54,15 +54,18 @@ type Agent struct {
 	ctx     context.Context // of all handlers
 	cancel  context.CancelFunc
 
-	mu        sync.Mutex
-	listeners map[*listener]struct{}
-	conns     map[*conn]struct{}
-	checks    checks
-	phase     atomic.Int32  // changed with mu held
-	quietFrom atomic.Int64  // the clock when a drain may end at the earliest
-	stop      chan struct{} // closed when Shutdown or Close begins
-	emptied   chan struct{} // a drain: the last connection has gone
-	done      chan struct{} // closed when nothing is served any more
+	mu         sync.Mutex
+	listeners  map[*listener]struct{}
+	conns      map[*conn]struct{}
+	checks     checks
+	firstCheck time.Duration
+	notified   atomic.Bool   // a NOTIFY has come
+	warnSilent atomic.Bool   // none had for long, and that was logged
+	phase      atomic.Int32  // changed with mu held
+	quietFrom  atomic.Int64  // the clock when a drain may end at the earliest
+	stop       chan struct{} // closed when Shutdown or Close begins
+	emptied    chan struct{} // a drain: the last connection has gone
+	done       chan struct{} // closed when nothing is served any more
 }
 
 // The phases of an agent.
@@ -427,6 +430,8 @@ const (
 	eofGrace  = time.Second     // for handlers of a peer that sends no more
 	endGrace  = 5 * time.Second // for the last answers
 	lingerFor = 500 * time.Millisecond
+
+	silentAfter = time.Minute // of health checks without a NOTIFY, to be warned of
 )
 
 func newConn(a *Agent, l *listener, nc net.Conn) *conn {
@@ -785,19 +790,26 @@ func (a *Agent) checked(c *conn) {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
+	now := a.workers.clock()
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	if a.checks == nil {
-		a.checks = make(checks)
+		a.checks, a.firstCheck = make(checks), now
 	}
-	a.checks.seen(host, a.workers.clock())
+	a.checks.seen(host, now)
+	silent := now-a.firstCheck >= silentAfter && !a.notified.Load()
+	a.mu.Unlock()
+	if silent && a.warnSilent.CompareAndSwap(false, true) {
+		level.Warn(a.logger).Log("msg", "health checks pass, but no NOTIFY has ever come: does a rule or event of HAProxy's configuration send the messages?")
+	}
 }
 
 // notify has the handlers answer the NOTIFY in payload: here and now, or by
 // workers. Whole tells that it was put together in fragment.buf.
 func (rd *reader) notify(payload []byte, whole bool) error {
 	c := rd.conn
-	c.notifies.Add(1)
+	if c.notifies.Add(1) == 1 {
+		c.agent.notified.Store(true)
+	}
 	c.last = rd.arrived
 	f := &rd.frame
 	inline := c.pace.inline() && rd.allowed()

@@ -310,10 +310,10 @@ func TestLifetime(t *testing.T) {
 	}
 	var acts Actions
 	acts.SetVar(ScopeTxn, "user", user.Value)
-	kept := map[string]string{
-		m.Name(): "login", user.Name: "user", id.Name: "id",
-		user.Value.String(): "anna", user.Value.Clone().String(): "anna", id.Value.String(): "abc",
-		dst.User: "anna", string(dst.ID): "abc",
+	kept := []struct{ want, have string }{
+		{"login", m.Name()}, {"user", user.Name}, {"id", id.Name},
+		{"anna", user.Value.String()}, {"anna", user.Value.Clone().s}, {"abc", id.Value.Clone().s},
+		{"anna", dst.User},
 	}
 	set, _ := acts.Lookup(ScopeTxn, "user")
 
@@ -321,9 +321,9 @@ func TestLifetime(t *testing.T) {
 	if err := n.decode(buf, &t1); err != nil {
 		t.Fatal(err)
 	}
-	for have, want := range kept {
-		if want != have {
-			t.Errorf("want %q kept, have %q", want, have)
+	for _, k := range kept {
+		if k.want != k.have {
+			t.Errorf("want %q kept, have %q", k.want, k.have)
 		}
 	}
 	if string(dst.ID) != "abc" || set.String() != "anna" {
@@ -331,6 +331,30 @@ func TestLifetime(t *testing.T) {
 	}
 	if n.msgs[0].Name() != "other" || n.msgs[0].Arg(0).Name != "name" || n.msgs[0].Arg(0).Value.String() != "bert" {
 		t.Errorf("want the second message, have %s %v", n.msgs[0].Name(), n.msgs[0].args)
+	}
+}
+
+// A notify is used for as long as a connection lasts: it must not grow with
+// each payload.
+func TestNotifyReuse(t *testing.T) {
+	const payload = "\x01a\x02\x01x\x08\x01v\x01y\x00" + "\x01b\x01\x01z\x11"
+	var (
+		n     notify
+		table names
+	)
+	for range 3 {
+		if err := n.decode([]byte(payload), &table); err != nil {
+			t.Fatal(err)
+		}
+		if len(n.msgs) != 2 || len(n.args) != 3 {
+			t.Errorf("want 2 messages and 3 arguments, have %d and %d", len(n.msgs), len(n.args))
+		}
+	}
+	n.release()
+	for i := range n.args[:cap(n.args)] {
+		if v := n.args[:cap(n.args)][i].Value; v.s != "" {
+			t.Errorf("want no view after release, have %q", v.s)
+		}
 	}
 }
 

@@ -781,6 +781,9 @@ func (n *notify) nextMessage(name []byte, t *names) *Message {
 
 // release lets go of the memory that the views point to.
 func (n *notify) release() {
+	for i := range n.msgs {
+		n.msgs[i].args = nil // may be of an array that n.args has outgrown
+	}
 	for i := range n.args {
 		n.args[i].Value = Value{}
 	}

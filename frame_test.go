@@ -349,8 +349,11 @@ func TestNotifyReuse(t *testing.T) {
 		if len(n.msgs) != 2 || len(n.args) != 3 {
 			t.Errorf("want 2 messages and 3 arguments, have %d and %d", len(n.msgs), len(n.args))
 		}
+		a := &n.msgs[0] // its array had no room for the arguments of b, at first
+		if n.release(); a.Arg(0).Value.s != "" {
+			t.Errorf("want no view after release, have %q", a.Arg(0).Value.s)
+		}
 	}
-	n.release()
 	for i := range n.args[:cap(n.args)] {
 		if v := n.args[:cap(n.args)][i].Value; v.s != "" {
 			t.Errorf("want no view after release, have %q", v.s)

@@ -1,0 +1,207 @@
+package spoa_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/go-kit/log"
+	"github.com/oklog/run"
+	"github.com/spoa-go/spoa"
+)
+
+// score is the service that the examples offer.
+func score(ip netip.Addr) uint32 {
+	if ip.IsPrivate() {
+		return 100
+	}
+	return 42
+}
+
+// checkClientIP is the handler of the examples.
+func checkClientIP(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
+	ip, ok := m.Arg(0).Value.Addr()
+	if !ok {
+		return fmt.Errorf("%s: want an address, have %v", m.Name(), m.Arg(0).Value.Kind())
+	}
+	a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(score(ip)))
+	return nil
+}
+
+// An agent that answers one message, asked by a client in HAProxy's place.
+func Example() {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	served := make(chan error)
+	go func() { served <- agent.Serve(ln) }()
+
+	ctx := context.Background()
+	client, err := spoa.Dial(ctx, "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	actions, err := client.Notify(ctx, spoa.NewMessage("check-client-ip",
+		spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))}))
+	if err != nil {
+		fmt.Println(err)
+	}
+	for _, action := range actions {
+		fmt.Println(action)
+	}
+	client.Close()
+
+	agent.Shutdown(ctx)
+	fmt.Println(<-served)
+	// Output:
+	// set-var sess.ip_score uint32 42
+	// spoa: agent closed
+}
+
+// The agent beside an HTTP server in a group of oklog/run: when one ends, all
+// do, the agent without losing a request.
+func ExampleAgent_Actor() {
+	spoe, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	web, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	var g run.Group
+
+	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	g.Add(agent.Actor(spoe, 10*time.Second))
+
+	server := &http.Server{}
+	g.Add(func() error { return server.Serve(web) }, func(error) { server.Close() })
+
+	// Here a signal would end the group: g.Add(run.SignalHandler(ctx, syscall.SIGTERM)).
+	g.Add(func() error { return errors.New("time to go") }, func(error) {})
+
+	fmt.Println(g.Run())
+	// Output: time to go
+}
+
+// A handler is tested without a network.
+func ExampleNewMessage() {
+	m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("10.1.2.3"))})
+	var a spoa.Actions
+	err := checkClientIP(context.Background(), m, &a)
+	v, ok := a.Lookup(spoa.ScopeSess, "ip_score")
+	fmt.Println(v, ok, err)
+
+	a = spoa.Actions{}
+	fmt.Println(checkClientIP(context.Background(), spoa.NewMessage("check-client-ip"), &a))
+	// Output:
+	// 100 true <nil>
+	// check-client-ip: want an address, have null
+}
+
+// The arguments of `args method path ip=src`: the first two have no name.
+func ExampleMessage_Args() {
+	m := spoa.NewMessage("http-req",
+		spoa.Arg{Value: spoa.String("GET")},
+		spoa.Arg{Value: spoa.String("/index.html")},
+		spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("2001:db8::1"))})
+	for name, value := range m.Args() {
+		fmt.Printf("%q %v %v\n", name, value.Kind(), value)
+	}
+	// Output:
+	// "" string GET
+	// "" string /index.html
+	// "ip" ipv6 2001:db8::1
+}
+
+// `args src` sends an argument without a name, so it is taken by position.
+func ExampleMessage_Arg() {
+	m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("::ffff:192.0.2.7"))})
+	ip, ok := m.Arg(0).Value.Addr()
+	fmt.Println(ip, ok)
+	// Output: 192.0.2.7 true
+}
+
+// Decode fills a struct, and says what is wrong with a message that does not
+// fit.
+func ExampleMessage_Decode() {
+	var req struct {
+		Method string     `spoe:"#0"`
+		IP     netip.Addr `spoe:"ip"`
+		Port   uint16     `spoe:"port"`
+		Agent  string     `spoe:"ua,optional"`
+	}
+	args := []spoa.Arg{
+		{Value: spoa.String("GET")},
+		{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
+		{Name: "port", Value: spoa.Int64(443)}, // HAProxy sends every integer as INT64
+		{Name: "ua"},                           // and NULL for what a request does not have
+	}
+	fmt.Println(spoa.NewMessage("http-req", args...).Decode(&req))
+	fmt.Println(req.Method, req.IP, req.Port)
+
+	args[2].Value = spoa.Int64(70000)
+	fmt.Println(spoa.NewMessage("http-req", args...).Decode(&req))
+	// Output:
+	// <nil>
+	// GET 192.0.2.1 443
+	// spoa: message http-req: argument port: want uint16, have int64 70000
+}
+
+// The log of an agent goes to log/slog.
+func ExampleWithLogger() {
+	handler := slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.Attr{} // the output is to be the same every day
+			}
+			return a
+		},
+	})
+	logger := slog.New(handler)
+	toSlog := log.LoggerFunc(func(keyvals ...any) error {
+		var rest []any
+		l, msg := slog.LevelInfo, ""
+		for i := 0; i+1 < len(keyvals); i += 2 {
+			switch k := fmt.Sprint(keyvals[i]); k {
+			case "level":
+				l.UnmarshalText([]byte(fmt.Sprint(keyvals[i+1])))
+			case "msg":
+				msg = fmt.Sprint(keyvals[i+1])
+			default:
+				rest = append(rest, k, keyvals[i+1])
+			}
+		}
+		logger.Log(context.Background(), l, msg, rest...)
+		return nil
+	})
+
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	agent := spoa.New(spoa.WithLogger(toSlog), spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	client.Notify(context.Background(), spoa.NewMessage("check-client-port"))
+	client.Close()
+	// Output: level=WARN msg="no handler for this message" message=check-client-port handled=check-client-ip
+}

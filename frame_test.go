@@ -80,6 +80,9 @@ func TestVarint(t *testing.T) {
 		if want, have := enc, appendVarint(nil, tt.v); !bytes.Equal(want, have) {
 			t.Errorf("encode %d: want %x, have %x", tt.v, want, have)
 		}
+		if want, have := len(enc), varintLen(tt.v); want != have {
+			t.Errorf("length of %d: want %d, have %d", tt.v, want, have)
+		}
 		for _, tail := range []string{"", "\x00", "\xff"} {
 			v, n := varint(append(enc[:len(enc):len(enc)], tail...))
 			if v != tt.v || n != len(enc) {

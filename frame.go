@@ -557,7 +557,7 @@ func (h *hello) parse(kind byte, payload []byte) error {
 		return fault(StatusNoFrameSize, "")
 	case !caps:
 		return fault(StatusNoCapabilities, "")
-	case !speaksVersion2(h.versions):
+	case !speaksVersion2(h.versions), kind == frameAgentHello && h.versions != version:
 		return fault(StatusBadVersion, "peer has %q", h.versions)
 	case h.frameSize < minFrameSize:
 		return fault(StatusBadFrameSize, "%d", h.frameSize)
@@ -779,8 +779,13 @@ func (n *notify) nextMessage(name []byte, t *names) *Message {
 	return m
 }
 
+const keptArgs = 256 // slots of a notify that are kept for the next
+
 // release lets go of the memory that the views point to.
 func (n *notify) release() {
+	if cap(n.args) > keptArgs {
+		n.msgs, n.args = nil, nil
+	}
 	for i := range n.msgs {
 		n.msgs[i].args = nil // may be of an array that n.args has outgrown
 	}
@@ -793,8 +798,8 @@ func (n *notify) release() {
 // tagged `spoe:"name"`, or `spoe:"#0"` for the argument at a position, and
 // `,optional` if the argument may be absent or NULL, which leaves the field as
 // it is. Fields may be of any integer type (the range is checked), bool,
-// string, []byte, netip.Addr, or a type made of these. Strings and byte slices
-// are copied. Errors name the message, the argument, what was wanted and what
+// string, []byte (also types derived from these), or netip.Addr. Strings and
+// byte slices are copied. Errors name the message, the argument, what was wanted and what
 // came.
 func (m *Message) Decode(dst any) error {
 	p := reflect.ValueOf(dst)

@@ -1094,7 +1094,7 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 			b := make([]byte, minBuffer)
 			copy(b, rd.buf[:rd.w])
 			rd.buf, rd.out = b, nil
-			rd.job.release()
+			rd.job.msgs, rd.job.args = nil, nil
 			c.mu.Lock()
 			c.spare = nil
 			c.mu.Unlock()

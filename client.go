@@ -142,15 +142,21 @@ func (h *hello) exported() AgentHello {
 	return a
 }
 
-// Probe does what HAProxy's `option spop-check` does: it connects, says a HELLO
-// with healthcheck set (SPOE.txt 3.2.4), and is content with a valid
-// AGENT-HELLO, which it returns. The agent may then close the connection, and
-// Probe does.
-func Probe(ctx context.Context, network, address string) (AgentHello, error) {
+// Check does what HAProxy's `option spop-check` does: it connects to an agent,
+// on any network that net.Dial knows, and is content if Probe is.
+func Check(ctx context.Context, network, address string) error {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
-		return AgentHello{}, err
+		return err
 	}
+	_, err = Probe(ctx, conn)
+	return err
+}
+
+// Probe says a HELLO with healthcheck set (SPOE.txt 3.2.4) and returns what the
+// agent agrees to, or why it is not well, as NewClient does. It closes the
+// connection, as the agent may.
+func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 	ours := hello{versions: version, frameSize: checkFrameSize, healthcheck: true}
 	agent, err := greet(ctx, conn, bufio.NewReaderSize(conn, lengthSize+checkFrameSize), &ours)
 	if err != nil {
@@ -158,12 +164,6 @@ func Probe(ctx context.Context, network, address string) (AgentHello, error) {
 	}
 	_ = conn.Close() // the answer is there, and the agent may have been first
 	return agent.exported(), nil
-}
-
-// Check is Probe for those who only want to know whether the agent is well.
-func Check(ctx context.Context, network, address string) error {
-	_, err := Probe(ctx, network, address)
-	return err
 }
 
 // Notify sends the messages in one NOTIFY (SPOE.txt 3.2.6) and returns the
@@ -513,4 +513,49 @@ func newEngineID() string {
 	_, _ = rand.Read(b[:]) // never fails
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// Trace returns conn in a wrapper that tells f each frame, sent or received, in
+// readable form, such as `ACK 1:1 set-var sess.ip_score int64 42`; for looking at
+// what a Client or an agent says. It calls f once at a time.
+func Trace(conn net.Conn, f func(sent bool, frame string)) net.Conn {
+	return &tracedConn{Conn: conn, f: f}
+}
+
+type tracedConn struct {
+	net.Conn
+	mu      sync.Mutex // held for f
+	f       func(sent bool, frame string)
+	in, out []byte // what may become a frame: the reader's, the writer's
+}
+
+func (t *tracedConn) Read(p []byte) (int, error) {
+	n, err := t.Conn.Read(p)
+	t.in = t.tell(false, append(t.in, p[:n]...))
+	return n, err
+}
+
+func (t *tracedConn) Write(p []byte) (int, error) {
+	t.out = t.tell(true, append(t.out, p...)) // before the answer can come
+	return t.Conn.Write(p)
+}
+
+// tell tells the whole frames of b and returns the rest.
+func (t *tracedConn) tell(sent bool, b []byte) []byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for len(b) >= lengthSize {
+		size := binary.BigEndian.Uint32(b)
+		if size > lengthLimit {
+			t.f(sent, fmt.Sprintf("no frame: %.64q", b))
+			return nil
+		}
+		end := lengthSize + int(size)
+		if len(b) < end {
+			break
+		}
+		t.f(sent, describe(b[:end]))
+		b = b[end:]
+	}
+	return b
 }

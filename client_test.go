@@ -271,7 +271,11 @@ func TestCheck(t *testing.T) {
 			conn.Close()
 		}
 	}()
-	h, err := Probe(t.Context(), "tcp", ln.Addr().String())
+	conn, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := Probe(t.Context(), conn)
 	if err != nil || h.Version != "2.0" || h.MaxFrameSize != 16380 || h.Capabilities != nil {
 		t.Errorf("have %+v, %v", h, err)
 	}
@@ -893,6 +897,43 @@ func BenchmarkClient(b *testing.B) {
 		}
 		wg.Wait()
 	})
+}
+
+func TestTrace(t *testing.T) {
+	near, far := net.Pipe()
+	var have []string
+	conn := Trace(near, func(sent bool, frame string) {
+		have = append(have, fmt.Sprint(sent, " ", frame))
+	})
+	said := fullHello + ackFrame(1, 1, setScore) + "HTTP/1.1 400"
+	go func() {
+		_, _ = io.WriteString(far, said)
+		_, _ = io.Copy(io.Discard, far)
+	}()
+	for n := 0; n < len(said); { // frames in pieces
+		k, err := conn.Read(make([]byte, 5))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += k
+	}
+	bye := appendDisconnect(nil, frameHAProxyDisconnect, StatusNormal, "bye")
+	if _, err := conn.Write(bye); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	want := []string{
+		`false AGENT-HELLO 0:0 version="2.0" max-frame-size="16380" capabilities="pipelining"`,
+		`false ACK 1:1 set-var sess.ip_score int64 42`,
+		`false no frame: "HTTP/1."`,
+		`false no frame: "1 400"`,
+		`true HAPROXY-DISCONNECT 0:0 status-code="0" message="bye"`,
+	}
+	for i, w := range want {
+		if i >= len(have) || have[i] != w {
+			t.Fatalf("want %q, have %q", want, have)
+		}
+	}
 }
 
 // An agent may say anything: nothing panics, hangs or stays behind.

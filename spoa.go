@@ -1008,7 +1008,6 @@ func (rd *reader) fill() error {
 			}
 			return err
 		}
-		c.armed = 0
 	}
 }
 
@@ -1030,7 +1029,7 @@ func (rd *reader) arm() error {
 	now := c.workers.clock()
 	phase := a.phase.Load()
 	next, err := rd.due(now, phase)
-	if err != nil || c.armed != 0 && (next == 0 || c.armed <= next) && phase == serving {
+	if err != nil || c.armed > now && (next == 0 || c.armed <= next) && phase == serving {
 		return err
 	}
 	c.mu.Lock()

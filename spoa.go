@@ -637,18 +637,23 @@ var (
 )
 
 func (rd *reader) run() {
+	exited := true
 	defer func() {
-		if !rd.running() {
+		if !exited {
 			return
 		}
 		// The handler has called runtime.Goexit.
 		c := rd.conn
 		c.mu.Lock()
-		c.takeOver(&rd.call, rd.seq.Load())
+		if rd.running() { // else the connection has gone to another reader
+			c.takeOver(&rd.call, rd.seq.Load())
+		}
 		c.mu.Unlock()
 		c.complete(rd.job)
 	}()
-	if err := rd.serve(); err != errTaken {
+	err := rd.serve()
+	exited = false
+	if err != errTaken {
 		rd.conn.end(rd, err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -241,7 +242,9 @@ type gates struct {
 	in   chan string // the arguments of those that have begun
 }
 
-func newGates() *gates { return &gates{open: make(map[string]chan struct{}), in: make(chan string, 1000)} }
+func newGates() *gates {
+	return &gates{open: make(map[string]chan struct{}), in: make(chan string, 1000)}
+}
 
 func (g *gates) gate(s string) chan struct{} {
 	g.mu.Lock()
@@ -276,5 +279,70 @@ func TestWorkerAfterHelloTimeout(t *testing.T) {
 		time.Sleep(time.Minute)
 		p.send(notifyOf(2, 1, echoed("b")))
 		p.want(2, 1, sets("echo", "b"))
+	})
+}
+
+// places are the three ways that a handler comes to run. Each brings a new
+// connection there: the next handler runs inline and is not taken for stalled,
+// or is if it waits, or is spread.
+var places = []struct {
+	name  string
+	stall bool // have it wait for longer than stallAfter
+	bring func(p *peer, g *gates)
+}{
+	{"inline", false, func(*peer, *gates) {}},
+	{"handed over", true, func(*peer, *gates) {}},
+	{"spread", false, func(p *peer, g *gates) {
+		p.send(notifyOf(0, 1, waiting("stall")))
+		<-g.in
+		time.Sleep(3 * stallAfter)
+		close(g.gate("stall"))
+		p.want(0, 1, sets("wait", "stall"))
+	}},
+}
+
+// everyplace runs f in a bubble for each place, with a connection that has been
+// brought there, and the gates of its messages "wait".
+func everyplace(t *testing.T, opts []Option, f func(t *testing.T, b *bed, p *peer, g *gates)) {
+	for _, place := range places {
+		t.Run(place.name, func(t *testing.T) {
+			g := new(gates)
+			stall := func(ctx context.Context, m *Message, a *Actions) error {
+				if place.stall {
+					time.Sleep(3 * stallAfter)
+				}
+				return nil
+			}
+			opts := append([]Option{WithHandlerFunc("wait", g.wait), WithHandlerFunc("place", stall)}, opts...)
+			bubble(t, opts, func(t *testing.T, b *bed) {
+				g.open, g.in = make(map[string]chan struct{}), make(chan string, 1000)
+				p := b.peer()
+				place.bring(p, g)
+				f(t, b, p, g)
+				if want, have := int64(b.options.workers), b.workers.free.Load(); want != have {
+					t.Errorf("want leave for %d handlers, have %d", want, have)
+				}
+				p.wantNone()
+			})
+		})
+	}
+}
+
+// A handler that ends its goroutine is answered, wherever it ran, and the
+// connection lives on.
+func TestWorkerGoexit(t *testing.T) {
+	exit := func(ctx context.Context, m *Message, a *Actions) error {
+		a.SetVar(ScopeTxn, "lost", Bool(true))
+		runtime.Goexit()
+		return nil
+	}
+	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+		for n := range uint64(3) {
+			p.send(notifyOf(1, n, echoed("a"), NewMessage("place"), NewMessage("exit")))
+			p.want(1, n, sets("echo", "a")+","+sets("fault", "error"))
+			p.send(notifyOf(2, n, echoed("b")))
+			p.want(2, n, sets("echo", "b"))
+		}
 	})
 }

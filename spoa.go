@@ -90,7 +90,6 @@ func New(opts ...Option) *Agent {
 		workers:   newWorkers(o),
 		listeners: make(map[*listener]struct{}),
 		conns:     make(map[*conn]struct{}),
-		stop:      make(chan struct{}),
 		emptied:   make(chan struct{}, 1),
 		done:      make(chan struct{}),
 	}
@@ -164,10 +163,12 @@ func (a *Agent) accept(l *listener) error {
 			return err
 		}
 		delay = min(max(2*delay, 5*time.Millisecond), maxAcceptDelay)
-		level.Warn(a.logger).Log("msg", "accept failed", "err", err, "retry", delay)
+		if n, ok := a.workers.limit.allow("accept"); ok {
+			level.Warn(a.logger).Log("msg", "accept failed", "err", err, "retry", delay, "suppressed", n)
+		}
 		select {
 		case <-time.After(delay):
-		case <-a.stop:
+		case <-a.done:
 		}
 	}
 }
@@ -272,7 +273,6 @@ func (a *Agent) advance(to int32) bool {
 	if from == serving {
 		now := a.workers.clock()
 		a.quietFrom.Store(int64(a.checks.missed(now)))
-		close(a.stop)
 		go a.drain()
 	}
 	a.phase.Store(to)

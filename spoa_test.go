@@ -21,9 +21,9 @@ import (
 	"github.com/oklog/run"
 )
 
-// patience bounds every wait of these tests. It is long, since nothing that
+// longWait bounds every wait of these tests. It is long, since nothing that
 // works takes that long; in a bubble it takes no time at all.
-const patience = 20 * time.Second
+const longWait = 20 * time.Second
 
 // running returns the stacks of the goroutines that run or were begun by the
 // package's own code.
@@ -60,9 +60,9 @@ func descriptors() int {
 // eventually waits for what no event tells of.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); {
+	for deadline := time.Now().Add(longWait); !ok(); {
 		if time.Now().After(deadline) {
-			t.Fatalf("want %s, have waited %v", what, patience)
+			t.Fatalf("want %s, have waited %v", what, longWait)
 		}
 		<-time.After(time.Millisecond)
 	}
@@ -126,7 +126,7 @@ func (l *memListener) offer(t testing.TB, c net.Conn) {
 	case l.conns <- c:
 	case <-l.done:
 		t.Fatal("the listener is closed")
-	case <-time.After(patience):
+	case <-time.After(longWait):
 		t.Fatal("nobody accepts")
 	}
 }
@@ -190,7 +190,7 @@ func receive[T any](t testing.TB, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-c:
-	case <-time.After(patience):
+	case <-time.After(longWait):
 		t.Fatalf("want %s, have nothing", what)
 	}
 	return v
@@ -246,7 +246,7 @@ func eachFrame(r io.Reader, do func(frame)) error {
 // send writes frames in one go.
 func (h *haproxy) send(frames ...string) {
 	h.t.Helper()
-	h.nc.SetWriteDeadline(time.Now().Add(patience))
+	h.nc.SetWriteDeadline(time.Now().Add(longWait))
 	if _, err := io.WriteString(h.nc, strings.Join(frames, "")); err != nil {
 		h.t.Fatalf("send: %v", err)
 	}
@@ -254,7 +254,7 @@ func (h *haproxy) send(frames ...string) {
 
 // try writes frames to an agent that may close before it has read them.
 func (h *haproxy) try(frames ...string) {
-	h.nc.SetWriteDeadline(time.Now().Add(patience))
+	h.nc.SetWriteDeadline(time.Now().Add(longWait))
 	io.WriteString(h.nc, strings.Join(frames, ""))
 }
 
@@ -263,7 +263,7 @@ func (h *haproxy) next() (f frame, ok bool) {
 	h.t.Helper()
 	select {
 	case f, ok = <-h.frames:
-	case <-time.After(patience):
+	case <-time.After(longWait):
 		h.t.Fatal("want a frame, or the end; have nothing")
 	}
 	return f, ok
@@ -605,7 +605,7 @@ func TestCloseConcurrent(t *testing.T) {
 				a.Close()
 				return
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			ctx, cancel := context.WithTimeout(t.Context(), longWait)
 			defer cancel()
 			if err := a.Shutdown(ctx); err != nil {
 				t.Error(err)

@@ -38,9 +38,7 @@ func checkAddr(addr string) error {
 func (c *config) listeners(certs *certificates) (all []net.Listener, err error) {
 	defer func() {
 		if err != nil {
-			for _, l := range all {
-				l.Close()
-			}
+			closeAll(all)
 		}
 	}()
 	passed, err := fromSystemd()
@@ -70,15 +68,19 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 		}
 		all = append(all, l)
 	}
-	for _, l := range passed {
-		l.Close()
-	}
+	closeAll(passed)
 	for i, l := range all {
 		if certs != nil && l.Addr().Network() == "tcp" {
 			all[i] = tls.NewListener(l, certs.config())
 		}
 	}
 	return all, nil
+}
+
+func closeAll(all []net.Listener) {
+	for _, l := range all {
+		l.Close()
+	}
 }
 
 // fromSystemd returns the sockets that systemd has opened.

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -145,8 +146,9 @@ func (m *fileMode) Set(s string) error {
 	return nil
 }
 
-func parse(args []string) (*config, error) {
-	c := config{unixMode: 0o660}
+// flags returns the flags, which fill c.
+func (c *config) flags() *flag.FlagSet {
+	c.unixMode = 0o660
 	fs := flag.NewFlagSet("spoa", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.Usage = func() {}
@@ -174,6 +176,12 @@ func parse(args []string) (*config, error) {
 		c.version = s == "true" // images often have a SPOA_VERSION=1.2.3 of another meaning
 		return nil
 	})
+	return fs
+}
+
+func parse(args []string) (*config, error) {
+	var c config
+	fs := c.flags()
 	err := ff.Parse(fs, args,
 		ff.WithEnvVarPrefix("SPOA"),
 		ff.WithEnvVarSplit(","),
@@ -347,13 +355,16 @@ const (
 )
 
 // agent returns an agent with that handler.
-func (c *config) agent(logger log.Logger, handler spoa.HandlerFunc) *spoa.Agent {
+func (c *config) agent(logger log.Logger, handler spoa.HandlerFunc, m *metrics) *spoa.Agent {
 	opts := []spoa.Option{
 		spoa.WithHandlerFunc(message, handler),
 		spoa.WithWorkers(c.workers),
 		spoa.WithMaxFrameSize(c.frame),
 		spoa.WithDebug(c.debug),
 		spoa.WithLogger(logger),
+	}
+	if c.metrics != "" {
+		opts = append(opts, spoa.WithHooks(m.hooks()))
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -390,14 +401,19 @@ func serve(c *config, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	score := randomScore
-	if lists != nil {
-		score = listedScore(lists)
-	}
-	agent := c.agent(logger, checkClientIP(time.Duration(c.delay), score))
+	m := newMetrics(lists, certs, message)
+	agent := c.agent(logger, checkClientIP(time.Duration(c.delay), newScorer(lists, m.judged)), m)
+	m.conns = agent.Conns
 	listeners, err := c.listeners(certs)
 	if err != nil {
 		return err
+	}
+	var status net.Listener
+	if c.metrics != "" {
+		if status, err = listen(c.metrics, os.FileMode(c.unixMode)); err != nil {
+			closeAll(listeners)
+			return err
+		}
 	}
 
 	var g run.Group
@@ -407,6 +423,10 @@ func serve(c *config, stderr io.Writer) error {
 	}
 	g.Add(run.SignalHandler(context.Background(), syscall.SIGINT, syscall.SIGTERM))
 	drained := make(chan struct{})
+	if status != nil {
+		level.Info(logger).Log("msg", "metrics", "addr", status.Addr())
+		g.Add(m.actor(status, drained))
+	}
 	g.Add(func() error {
 		for n := 1; ; n++ {
 			select {
@@ -434,7 +454,7 @@ func serve(c *config, stderr io.Writer) error {
 			case <-ctx.Done():
 				return nil
 			case <-hup:
-				reload(logger, lists, certs)
+				reload(logger, lists, certs, m)
 			}
 		}
 	}))
@@ -458,14 +478,16 @@ func actor(f func(context.Context) error) (execute func() error, interrupt func(
 
 // reload reads lists and certificates again. What cannot be used is logged, and
 // the old stays in force.
-func reload(logger log.Logger, l *lists, certs *certificates) {
+func reload(logger log.Logger, l *lists, certs *certificates, m *metrics) {
 	notifySystemd(logger, daemon.SdNotifyReloading+"\n"+daemon.SdNotifyMonotonicUsec())
 	level.Info(logger).Log("msg", "reloading")
 	if l != nil {
 		_ = l.Reload() // logs
 	}
 	if certs != nil {
-		if err := certs.load(); err != nil {
+		err := certs.load()
+		m.certificatesReloaded(err == nil)
+		if err != nil {
 			level.Error(logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))
 		}
 	}
@@ -481,18 +503,23 @@ func notifySystemd(logger log.Logger, state string) {
 // scorer sets the variables of an address.
 type scorer func(netip.Addr, *spoa.Actions)
 
-func randomScore(_ netip.Addr, a *spoa.Actions) {
-	a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(bestScore+1)))
-}
-
-func listedScore(l *lists) scorer {
+// newScorer returns one that goes by lists, or by chance if there are none, and
+// tells judged of every verdict.
+func newScorer(l *lists, judged func(list string, listed bool)) scorer {
+	if l == nil {
+		return func(_ netip.Addr, a *spoa.Actions) {
+			judged("", false)
+			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(bestScore+1)))
+		}
+	}
 	return func(ip netip.Addr, a *spoa.Actions) {
 		score, list, listed := l.Lookup(ip)
+		judged(list, listed)
 		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
 		if listed {
 			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(list))
 		} else {
-			// A session with several requests may have had one before a reload.
+			// A session of several requests may have had one before a reload.
 			a.UnsetVar(spoa.ScopeSess, "ip_list")
 		}
 	}

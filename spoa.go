@@ -838,19 +838,14 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 		c.workers.spread(j)
 		return nil
 	}
-	if limit := c.workers.handlerTimeout; limit > 0 && c.workers.clock()-j.arrived >= limit {
-		j.fault = faultOverload
-		c.workers.overloaded(j)
-	} else {
-		rd.begin()
-		c.workers.heat(&c.lane)
-		c.workers.handle(j)
-		if !rd.call.end() {
-			c.complete(j)
-			return errTaken
-		}
-		rd.calls++
+	rd.begin()
+	c.workers.heat(&c.lane)
+	c.workers.handle(j)
+	if !rd.call.end() {
+		c.complete(j)
+		return errTaken
 	}
+	rd.calls++
 	start := len(rd.out)
 	b := beginFrame(rd.out, frameAck, flagFIN, j.stream, j.id)
 	rd.out = finishFrame(append(append(b, j.actions.buf...), c.workers.faultVars[j.fault]...), start)

@@ -92,7 +92,7 @@ type job struct {
 
 	// Guarded by lane.mu.
 	prev, next *job
-	ctx        *deadline // with a handler timeout, while handlers run
+	ctx        *deadline // with a handler timeout, once handlers run
 	started    time.Duration
 	done       []byte // the actions of the messages already done
 	answered   bool   // by the watch; what the handlers still do is dropped
@@ -123,7 +123,7 @@ func (j *job) run() {
 // begin makes j ready for a NOTIFY.
 func (j *job) begin(stream, id uint64, arrived time.Duration) {
 	j.stream, j.id, j.arrived, j.started = stream, id, arrived, arrived
-	j.fault, j.done, j.answered, j.warned = faultNone, nil, false, false
+	j.fault, j.ctx, j.done, j.answered, j.warned = faultNone, nil, nil, false, false
 	j.actions.buf, j.actions.err = j.actions.buf[:0], nil
 	j.actions.max = j.lane.ackSize - varintLen(stream) - varintLen(id)
 }
@@ -500,16 +500,30 @@ func (w *workers) handle(j *job) {
 	}
 	ctx := &deadline{Context: j.lane.ctx, at: w.epoch.Add(j.arrived + w.handlerTimeout)}
 	defer ctx.cancel(context.Canceled)
-	j.lane.mu.Lock()
-	j.ctx = ctx
-	j.lane.mu.Unlock()
+	if !j.start(ctx) {
+		j.fault = faultOverload
+		w.overloaded(j)
+		return
+	}
 	for i := range j.msgs {
 		if i > 0 && !j.commit() {
-			w.handled(&j.msgs[i], 0, context.DeadlineExceeded)
+			w.handled(&j.msgs[i], 0, ErrOverload)
 			continue
 		}
 		w.message(ctx, j, &j.msgs[i])
 	}
+}
+
+// start has the watch cancel ctx when j is late, unless it is already.
+func (j *job) start(ctx *deadline) bool {
+	w := j.lane.workers
+	j.lane.mu.Lock()
+	defer j.lane.mu.Unlock()
+	if j.answered || w.clock()-j.arrived >= w.handlerTimeout {
+		return false
+	}
+	j.ctx = ctx
+	return true
 }
 
 // commit has what j's messages so far say sent even if the next is late. It
@@ -546,6 +560,9 @@ func (w *workers) message(ctx context.Context, j *job, m *Message) {
 				err = &PanicError{v, debug.Stack()}
 			}
 			a.buf = a.buf[:mark]
+		}
+		if w.handlerTimeout > 0 && !j.commit() && err == nil {
+			err = context.DeadlineExceeded
 		}
 		if err != nil {
 			w.failed(j, m, err)
@@ -732,11 +749,13 @@ func (l *lane) overdue(now time.Duration) (late bool, slow []*job) {
 	for j := l.running.head; j != nil; j = j.next {
 		if limit > 0 && !j.answered && now-j.arrived >= limit {
 			j.answered, late = true, true
-			l.pending--
-			l.ack(j, j.done, l.workers.faultVars[faultTimeout])
+			kind := faultOverload // its goroutine has not come so far as to call a handler
 			if j.ctx != nil {
+				kind = faultTimeout
 				j.ctx.cancel(context.DeadlineExceeded)
 			}
+			l.pending--
+			l.ack(j, j.done, l.workers.faultVars[kind])
 		}
 		if !j.warned && now-j.started >= slowWarn {
 			j.warned = true

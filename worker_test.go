@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -15,56 +17,26 @@ import (
 	"time"
 )
 
-// pipes is a listener of net.Pipes, so that an agent and its peers can be in a
-// synctest bubble.
-type pipes struct {
-	conns chan net.Conn
-	once  sync.Once
-	done  chan struct{}
-}
-
-func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), done: make(chan struct{})} }
-
-func (l *pipes) Accept() (net.Conn, error) {
-	select {
-	case c := <-l.conns:
-		return c, nil
-	case <-l.done:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *pipes) Close() error {
-	l.once.Do(func() { close(l.done) })
-	return nil
-}
-
-func (l *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "unix"} }
-
-func (l *pipes) dial() (net.Conn, error) {
-	ours, theirs := net.Pipe()
-	select {
-	case l.conns <- theirs:
-		return ours, nil
-	case <-l.done:
-		return nil, net.ErrClosed
-	}
-}
-
 // bed is an agent that serves one listener until the test is over.
 type bed struct {
 	*Agent
 	t    testing.TB
-	dial func() (net.Conn, error)
+	dial func() net.Conn
 }
 
 func newBed(t testing.TB, l net.Listener, opts ...Option) *bed {
 	t.Helper()
 	b := &bed{Agent: New(opts...), t: t}
-	if p, ok := l.(*pipes); ok {
-		b.dial = p.dial
-	} else {
-		b.dial = func() (net.Conn, error) { return net.Dial(l.Addr().Network(), l.Addr().String()) }
+	b.dial = func() net.Conn {
+		if mem, ok := l.(*memListener); ok {
+			return mem.raw(t)
+		}
+		nc, err := net.Dial(l.Addr().Network(), l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { nc.Close() })
+		return nc
 	}
 	served := make(chan error, 1)
 	go func() { served <- b.Serve(l) }()
@@ -80,7 +52,7 @@ func newBed(t testing.TB, l net.Listener, opts ...Option) *bed {
 // bubble runs f with an agent and its peers in a synctest bubble.
 func bubble(t *testing.T, opts []Option, f func(t *testing.T, b *bed)) {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) { f(t, newBed(t, newPipes(), opts...)) })
+	synctest.Test(t, func(t *testing.T) { f(t, newBed(t, newMemListener(), opts...)) })
 }
 
 // answer is an ACK as the peer sees it.
@@ -113,11 +85,7 @@ func (b *bed) peer() *peer {
 // quietPeer is a peer that reads nothing but the HELLO.
 func (b *bed) quietPeer() *peer {
 	b.t.Helper()
-	nc, err := b.dial()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	b.t.Cleanup(func() { nc.Close() })
+	nc := b.dial()
 	p := &peer{t: b.t, nc: nc, r: bufio.NewReader(nc)}
 	p.send(appendHello(nil, frameHAProxyHello,
 		&hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining,async", engineID: "engine"}))
@@ -196,7 +164,7 @@ func (p *peer) want(stream, id uint64, actions string) answer {
 			p.t.Errorf("want ACK %v, have %v (connection lives: %v)", want, have, ok)
 		}
 		return have
-	case <-time.After(patience):
+	case <-time.After(longWait):
 		p.t.Fatalf("want ACK %d:%d, have none", stream, id)
 	}
 	panic("unreachable")
@@ -212,9 +180,6 @@ func (p *peer) wantNone() {
 	default:
 	}
 }
-
-// patience bounds the waits for what should come soon.
-const patience = 20 * time.Second
 
 func notifyOf(stream, id uint64, msgs ...*Message) []byte {
 	b := beginFrame(nil, frameNotify, flagFIN, stream, id)
@@ -237,13 +202,14 @@ func sets(name, s string) string { return "set-var txn." + name + " string " + s
 
 // gates are handlers that wait until the test lets them go.
 type gates struct {
-	mu   sync.Mutex
+	mu   *sync.Mutex
 	open map[string]chan struct{}
 	in   chan string // the arguments of those that have begun
 }
 
+// newGates is called in the bubble of those who use them.
 func newGates() *gates {
-	return &gates{open: make(map[string]chan struct{}), in: make(chan string, 1000)}
+	return &gates{mu: new(sync.Mutex), open: make(map[string]chan struct{}), in: make(chan string, 1000)}
 }
 
 func (g *gates) gate(s string) chan struct{} {
@@ -315,7 +281,7 @@ func everyplace(t *testing.T, opts []Option, f func(t *testing.T, b *bed, p *pee
 			}
 			opts := append([]Option{WithHandlerFunc("wait", g.wait), WithHandlerFunc("place", stall)}, opts...)
 			bubble(t, opts, func(t *testing.T, b *bed) {
-				g.open, g.in = make(map[string]chan struct{}), make(chan string, 1000)
+				*g = *newGates()
 				p := b.peer()
 				place.bring(p, g)
 				f(t, b, p, g)
@@ -343,6 +309,233 @@ func TestWorkerGoexit(t *testing.T) {
 			p.want(1, n, sets("echo", "a")+","+sets("fault", "error"))
 			p.send(notifyOf(2, n, echoed("b")))
 			p.want(2, n, sets("echo", "b"))
+		}
+	})
+}
+
+// record is what Hooks.Handled was told.
+type record struct {
+	mu   sync.Mutex
+	list []string
+}
+
+func (r *record) hook() Option {
+	return WithHooks(Hooks{Handled: func(message string, _ time.Duration, err error) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.list = append(r.list, fmt.Sprintf("%s: %v", message, err))
+	}})
+}
+
+// want compares what was told since the last time.
+func (r *record) want(t testing.TB, want ...string) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !slices.Equal(want, r.list) {
+		t.Errorf("Handled: want %q, have %q", want, r.list)
+	}
+	r.list = nil
+}
+
+// The NOTIFY of a late handler is answered in time, with the actions of the
+// messages before it. What it sets later is dropped.
+func TestHandlerTimeout(t *testing.T) {
+	const limit = 50 * time.Millisecond
+	var r record
+	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+		r.list = nil
+		began := time.Now()
+		p.send(notifyOf(1, 1, NewMessage("place"), echoed("before"), waiting("late"), echoed("after")), notifyOf(1, 2, echoed("x")))
+		p.want(1, 2, sets("echo", "x"))
+		a := p.want(1, 1, sets("echo", "before")+","+sets("fault", "timeout"))
+		if took := a.at.Sub(began); took < limit || took > limit+2*tick {
+			t.Errorf("want the answer after %v, have it after %v", limit, took)
+		}
+		// It keeps its worker until it returns.
+		time.Sleep(time.Second)
+		if want, have := int64(b.options.workers-1), b.workers.free.Load(); want != have {
+			t.Errorf("want leave for %d handlers, have %d", want, have)
+		}
+		close(g.gate("late"))
+		p.wantNone()
+		slices.Sort(r.list)
+		r.want(t, "echo: <nil>", "echo: <nil>", "echo: spoa: waited too long for its turn", "place: <nil>", "wait: context deadline exceeded")
+	})
+}
+
+// An error of its own says more than that the handler was late.
+func TestHandlerTimeoutOwnError(t *testing.T) {
+	var r record
+	opts := []Option{WithHandlerTimeout(5 * time.Millisecond), r.hook(),
+		WithHandlerFunc("error", func(ctx context.Context, _ *Message, _ *Actions) error {
+			<-ctx.Done()
+			return errors.New("own")
+		}),
+		WithHandlerFunc("panic", func(ctx context.Context, _ *Message, _ *Actions) error {
+			<-ctx.Done()
+			panic("own")
+		})}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		r.list = nil
+		p.send(notifyOf(1, 1, NewMessage("error")))
+		p.want(1, 1, "")
+		p.wantNone()
+		p.send(notifyOf(1, 2, NewMessage("panic")))
+		p.want(1, 2, "")
+		p.wantNone()
+		r.want(t, "error: own", "panic: spoa: handler panicked: own")
+	})
+}
+
+// A NOTIFY whose turn comes too late is answered without its handler, also if
+// it need not wait for a worker then: here for the window of its connection.
+func TestHandlerTimeoutWindow(t *testing.T) {
+	var r record
+	g := new(gates)
+	opts := []Option{WithHandlerTimeout(20 * time.Millisecond), WithPipelining(1), WithFaultVar(ScopeTxn, "fault"),
+		WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo), r.hook()}
+	bubble(t, opts, func(t *testing.T, b *bed) {
+		*g = *newGates()
+		p := b.peer()
+		b.sole().pace.left = 3 // to be spread
+		p.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
+		p.want(1, 1, sets("fault", "timeout"))
+		for id := uint64(2); id <= 3; id++ {
+			p.want(1, id, sets("fault", "overload"))
+		}
+		p.send(notifyOf(1, 4, echoed("z")))
+		p.want(1, 4, sets("echo", "z"))
+		close(g.gate("late"))
+		p.wantNone()
+		r.want(t, "echo: spoa: waited too long for its turn", "echo: spoa: waited too long for its turn", "echo: <nil>",
+			"wait: context deadline exceeded")
+	})
+}
+
+// sole returns the connection of the agent's only peer, while the reader waits.
+func (b *bed) sole() *conn {
+	synctest.Wait()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for c := range b.conns {
+		return c
+	}
+	panic("no connection")
+}
+
+// A job may be late before its goroutine has got the processor for the first
+// time. Its handlers are not called then: nobody would end their context.
+func TestLateBeforeBegun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r record
+		var answers []string
+		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), WithFaultVar(ScopeTxn, "fault"), r.hook(),
+			WithHandlerFunc("echo", func(context.Context, *Message, *Actions) error {
+				t.Error("want no call of the handler")
+				return nil
+			})}))
+		l := &lane{workers: w, ctx: context.Background(), flush: func() {}}
+		l.ack = func(j *job, actions, fault []byte) { answers = append(answers, inActions(append(actions, fault...))) }
+		l.call.Store(new(call))
+		if !w.acquire() {
+			t.Fatal("want leave")
+		}
+		j := newJob(l)
+		j.begin(1, 1, w.clock())
+		if err := j.decode(appendMessage(nil, echoed("x")), &l.names); err != nil {
+			t.Fatal(err)
+		}
+		l.mu.Lock()
+		l.pending++
+		l.running.push(j)
+		l.mu.Unlock()
+		w.heat(l)
+		time.Sleep(10 * time.Millisecond)
+		j.run()
+		synctest.Wait()
+		if want := []string{sets("fault", "overload")}; !slices.Equal(want, answers) {
+			t.Errorf("want ACKs %q, have %q", want, answers)
+		}
+		r.want(t, "echo: spoa: waited too long for its turn")
+		if want, have := int64(w.options.workers), w.free.Load(); want != have || l.pending != 0 {
+			t.Errorf("want leave for %d handlers and nothing pending, have %d and %d", want, have, l.pending)
+		}
+	})
+}
+
+// The context of a NOTIFY behaves as those of package context do.
+func TestHandlerContext(t *testing.T) {
+	const limit = 50 * time.Millisecond
+	var arrived time.Time
+	check := func(ctx context.Context, what string, err error, after time.Duration) {
+		t.Helper()
+		<-ctx.Done()
+		if have := ctx.Err(); err != have {
+			t.Errorf("%s: want %v, have %v", what, err, have)
+		}
+		if have := context.Cause(ctx); err != have {
+			t.Errorf("%s: want cause %v, have %v", what, err, have)
+		}
+		if have := time.Since(arrived); have < after || have > after+2*tick {
+			t.Errorf("%s: want its end after %v, have it after %v", what, after, have)
+		}
+	}
+	kept := make(map[string]context.Context)
+	opts := []Option{WithHandlerTimeout(limit),
+		WithHandlerFunc("poll", func(ctx context.Context, _ *Message, _ *Actions) error {
+			if at, ok := ctx.Deadline(); !ok || !at.Equal(arrived.Add(limit)) {
+				t.Errorf("want deadline %v, have %v, %v", arrived.Add(limit), at, ok)
+			}
+			if err := ctx.Err(); err != nil {
+				t.Errorf("want no error yet, have %v", err)
+			}
+			time.Sleep(limit - 1)
+			if err := ctx.Err(); err != nil {
+				t.Errorf("want no error before the deadline, have %v", err)
+			}
+			time.Sleep(1)
+			if want, have := context.DeadlineExceeded, ctx.Err(); want != have {
+				t.Errorf("want %v, have %v", want, have)
+			}
+			check(ctx, "after Err", context.DeadlineExceeded, limit)
+			return nil
+		}),
+		WithHandlerFunc("done", func(ctx context.Context, _ *Message, _ *Actions) error {
+			cancelled, cancel := context.WithCancel(ctx)
+			cancel()
+			check(cancelled, "cancelled", context.Canceled, 0)
+			shorter, cancel := context.WithTimeout(ctx, limit/2)
+			defer cancel()
+			check(shorter, "shorter", context.DeadlineExceeded, limit/2)
+			longer, cancel := context.WithTimeout(ctx, limit)
+			defer cancel()
+			check(longer, "longer", context.DeadlineExceeded, limit)
+			check(ctx, "done", context.DeadlineExceeded, limit)
+			return nil
+		}),
+		WithHandlerFunc("keep", func(ctx context.Context, _ *Message, _ *Actions) error {
+			kept["asked"] = ctx
+			ctx.Done()
+			return nil
+		}),
+		WithHandlerFunc("keep too", func(ctx context.Context, _ *Message, _ *Actions) error {
+			kept["not asked"] = ctx
+			return nil
+		})}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		for i, name := range []string{"poll", "done", "keep", "keep too"} {
+			arrived = time.Now()
+			p.send(notifyOf(1, uint64(i), NewMessage(name)))
+			p.want(1, uint64(i), "")
+			synctest.Wait()
+		}
+		for name, ctx := range kept {
+			<-ctx.Done()
+			if want, have := context.Canceled, ctx.Err(); want != have {
+				t.Errorf("%s: want %v after the handler's return, have %v", name, want, have)
+			}
 		}
 	})
 }

@@ -558,7 +558,7 @@ func (h *hello) parse(kind byte, payload []byte) error {
 	case !caps:
 		return fault(StatusNoCapabilities, "")
 	case !speaksVersion2(h.versions), kind == frameAgentHello && h.versions != version:
-		return fault(StatusBadVersion, "peer has %q", h.versions)
+		return fault(StatusBadVersion, "peer has %.40q", h.versions)
 	case h.frameSize < minFrameSize:
 		return fault(StatusBadFrameSize, "%d", h.frameSize)
 	}

@@ -1104,8 +1104,8 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 	return next, nil
 }
 
-// end ends the connection: what is in flight is answered if the peer still
-// wants it, it is told why, and the net.Conn is closed.
+// end ends the connection: what is in flight is answered if the peer can still
+// read it, it is told why, and the net.Conn is closed.
 func (c *conn) end(rd *reader, why error) {
 	rd.endBatch()
 	if rd.leave {
@@ -1117,7 +1117,6 @@ func (c *conn) end(rd *reader, why error) {
 	switch {
 	case errors.As(why, &d) && d.Remote:
 	case d != nil:
-		wait = false
 		status, message = d.Status, d.Error()
 	case why == errStopping:
 		message = "shutting down"

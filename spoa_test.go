@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"regexp"
@@ -913,4 +914,446 @@ func TestActorInGroup(t *testing.T) {
 		}
 		h.wantEnd(StatusNormal)
 	})
+}
+
+func TestHandshake(t *testing.T) {
+	const all = "pipelining,async,fragmentation"
+	for _, tt := range []struct {
+		name         string
+		opts         []Option
+		versions     string
+		frameSize    uint32
+		capabilities string
+		engine       string
+		want         hello
+	}{
+		{"HAProxy 2.6", nil, "2.0", 16380, "pipelining,async", "e", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"HAProxy 3.2", nil, "2.0", 16380, "pipelining", "e", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"list of versions", nil, "1.0, 2.0 ,3.1", 16380, "", "", hello{frameSize: 16380}},
+		{"later minor version", nil, "2.7", 16380, "", "", hello{frameSize: 16380}},
+		{"no capability, no engine", nil, "2.0", 16380, "", "", hello{frameSize: 16380}},
+		{"capabilities with spaces", nil, "2.0", 16380, " async , pipelining ", "e", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"unknown capabilities", nil, "2.0", 16380, "pipe,,pipeliningx,xasync", "e", hello{frameSize: 16380}},
+		{"least frame size", nil, "2.0", 256, "", "", hello{frameSize: 256}},
+		{"peer's frame size is higher", nil, "2.0", 1 << 20, "", "", hello{frameSize: defaultFrameSize}},
+		{"greatest frame size", nil, "2.0", math.MaxUint32, "", "", hello{frameSize: defaultFrameSize}},
+		{"own frame size is lower", []Option{WithMaxFrameSize(1000)}, "2.0", 16380, "", "", hello{frameSize: 1000}},
+		{"own frame size is higher", []Option{WithMaxFrameSize(100000)}, "2.0", 16380, "", "", hello{frameSize: 16380}},
+		{"async", []Option{WithAsync()}, "2.0", 16380, all, "e", hello{capabilities: "pipelining,async", frameSize: 16380}},
+		{"async without an engine", []Option{WithAsync()}, "2.0", 16380, all, "", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"async not offered", []Option{WithAsync()}, "2.0", 16380, "pipelining", "e", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"pipelining of 2", []Option{WithPipelining(2)}, "2.0", 16380, all, "e", hello{capabilities: "pipelining", frameSize: 16380}},
+		{"pipelining of 1", []Option{WithPipelining(1)}, "2.0", 16380, all, "e", hello{frameSize: 16380}},
+		{"pipelining of -1", []Option{WithPipelining(-1)}, "2.0", 16380, all, "e", hello{frameSize: 16380}},
+		{"fragmentation", []Option{WithFragmentation(1 << 20)}, "2.0", 16380, "", "", hello{capabilities: "fragmentation", frameSize: 16380}},
+		{"everything", []Option{WithFragmentation(1 << 20), WithAsync()}, "2.0", 16380, all, "e", hello{capabilities: all, frameSize: 16380}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a, ln := startMem(t, append(tt.opts, withNumbered())...)
+			h := ln.dial(t)
+			have := h.helloAs(hello{versions: tt.versions, frameSize: tt.frameSize, capabilities: tt.capabilities, engineID: tt.engine})
+			tt.want.versions = version
+			if have != tt.want {
+				t.Errorf("want %+v, have %+v", tt.want, have)
+			}
+			h.wantAnswers()
+			info := a.Conns()[0]
+			if info.Capabilities != tt.want.capabilities || info.FrameSize != int(tt.want.frameSize) || info.EngineID != tt.engine || info.HealthCheck {
+				t.Errorf("want what was agreed on, have %+v", info)
+			}
+			h.send(goodbye)
+			h.wantEnd(StatusNormal)
+		})
+	}
+}
+
+// The payload of a HELLO, in parts.
+var (
+	helloVersions     = kv("supported-versions", "\x08\x032.0")
+	helloSize         = kv("max-frame-size", "\x03\xfc\xf0\x06")
+	helloCapabilities = kv("capabilities", "\x08\x00")
+	helloPayload      = helloVersions + helloSize + helloCapabilities
+)
+
+func TestHandshakeUnknownKeys(t *testing.T) {
+	_, ln := startMem(t, withNumbered())
+	for kind := KindNull; kind <= KindBinary; kind++ {
+		h := ln.dial(t)
+		v := appendValue(nil, valueOf(byte(kind), 7, []byte("text")))
+		h.send(rawFrame(frameHAProxyHello, flagFIN, 0, 0, kv("", string(v))+helloPayload+kv("colour", string(v))))
+		h.want(frameAgentHello)
+		h.wantAnswers()
+	}
+}
+
+func TestHandshakeRefused(t *testing.T) {
+	_, ln := startMem(t)
+	good := func(payload string) string { return rawFrame(frameHAProxyHello, flagFIN, 0, 0, payload) }
+	for _, tt := range []struct {
+		name string
+		want Status
+		wire string
+	}{
+		{"empty payload", StatusNoVersion, good("")},
+		{"no version", StatusNoVersion, good(helloSize + helloCapabilities)},
+		{"the agent's key of the version", StatusNoVersion, good(kv("version", "\x08\x032.0") + helloSize + helloCapabilities)},
+		{"no frame size", StatusNoFrameSize, good(helloVersions + helloCapabilities)},
+		{"no capabilities", StatusNoCapabilities, good(helloVersions + helloSize)},
+		{"version 1", StatusBadVersion, good(kv("supported-versions", "\x08\x071.0,3.0") + helloSize + helloCapabilities)},
+		{"no such version", StatusBadVersion, good(kv("supported-versions", "\x08\x022.") + helloSize + helloCapabilities)},
+		{"empty version", StatusBadVersion, good(kv("supported-versions", "\x08\x00") + helloSize + helloCapabilities)},
+		{"frame size 0", StatusBadFrameSize, good(helloVersions + kv("max-frame-size", "\x03\x00") + helloCapabilities)},
+		{"frame size 255", StatusBadFrameSize, good(helloVersions + kv("max-frame-size", "\x03\xff\x00") + helloCapabilities)},
+		{"no FIN", StatusNoFragmentation, rawFrame(frameHAProxyHello, 0, 0, 0, helloPayload)},
+		{"stream id", StatusInvalidFrame, rawFrame(frameHAProxyHello, flagFIN, 1, 0, helloPayload)},
+		{"frame id", StatusInvalidFrame, rawFrame(frameHAProxyHello, flagFIN, 0, 1, helloPayload)},
+		{"version is no string", StatusInvalidFrame, good(kv("supported-versions", "\x09\x032.0") + helloSize + helloCapabilities)},
+		{"frame size is a string", StatusInvalidFrame, good(helloVersions + kv("max-frame-size", "\x08\x0516380") + helloCapabilities)},
+		{"frame size is negative", StatusInvalidFrame, good(helloVersions + kv("max-frame-size", string(appendValue(nil, Int32(-1)))) + helloCapabilities)},
+		{"capabilities are null", StatusInvalidFrame, good(helloVersions + helloSize + kv("capabilities", "\x00"))},
+		{"engine-id is a number", StatusInvalidFrame, good(helloPayload + kv("engine-id", "\x03\x01"))},
+		{"healthcheck is a string", StatusInvalidFrame, good(helloPayload + kv("healthcheck", "\x08\x04true"))},
+		{"unknown key of a reserved type", StatusInvalidFrame, good(helloPayload + kv("colour", "\x0a"))},
+		{"key cut short", StatusInvalidFrame, good(helloPayload + "\x05colo")},
+		{"key without a value", StatusInvalidFrame, good(helloPayload + "\x06colour")},
+		{"NOTIFY", StatusInvalidFrame, notifyFrame(1, 1)},
+		{"UNSET", StatusInvalidFrame, rawFrame(frameUnset, flagFIN, 0, 0, "")},
+		{"HAPROXY-DISCONNECT", StatusInvalidFrame, goodbye},
+		{"AGENT-HELLO", StatusInvalidFrame, string(appendHello(nil, frameAgentHello, &offered))},
+		{"unknown type", StatusInvalidFrame, rawFrame(42, flagFIN, 0, 0, helloPayload)},
+		{"HTTP", StatusFrameTooBig, "GET / HTTP/1.1\r\nHost: a\r\n\r\n"},
+		{"TLS", StatusFrameTooBig, "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"},
+		{"length 0", StatusInvalidFrame, "\x00\x00\x00\x00"},
+		{"length 6", StatusInvalidFrame, "\x00\x00\x00\x06\x01\x00\x00\x00\x01\x00"},
+		{"length 16385", StatusFrameTooBig, "\x00\x00\x40\x01\x01"},
+		{"length 2^31", StatusFrameTooBig, "\x80\x00\x00\x00"},
+		{"length 2^32-1", StatusFrameTooBig, "\xff\xff\xff\xff"},
+		{"ids cut short", StatusInvalidFrame, "\x00\x00\x00\x07\x01\x00\x00\x00\x01\x00\xff"},
+		{"second HELLO", StatusInvalidFrame, good(helloPayload) + good(helloPayload)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := ln.dial(t)
+			h.try(tt.wire)
+			if tt.name == "second HELLO" {
+				h.want(frameAgentHello)
+			}
+			h.wantEnd(tt.want)
+		})
+	}
+}
+
+// What a peer says is not echoed to it beyond the least frame size.
+func TestRefusalIsShort(t *testing.T) {
+	_, ln := startMem(t)
+	h := ln.dial(t)
+	long := strings.Repeat("\x00", 10000)
+	h.try(rawFrame(frameHAProxyHello, flagFIN, 0, 0, kv("supported-versions", string(appendValue(nil, String(long))))+helloSize+helloCapabilities))
+	f := h.want(frameAgentDisconnect)
+	if n := len(f.payload) + minFrameLen; n > minFrameSize {
+		t.Errorf("want at most %d bytes, have %d", minFrameSize, n)
+	}
+}
+
+func TestHealthCheck(t *testing.T) {
+	for _, on := range []bool{true, false} {
+		t.Run(fmt.Sprint(on), func(t *testing.T) {
+			closed := make(chan Peer, 1)
+			_, ln := startMem(t, withNumbered(), WithHooks(Hooks{ConnClosed: func(p Peer, err error) {
+				if err != nil {
+					t.Error(err)
+				}
+				closed <- p
+			}}))
+			h := ln.dial(t)
+			h.send(rawFrame(frameHAProxyHello, flagFIN, 0, 0, helloPayload+kv("healthcheck", string(appendValue(nil, Bool(on))))))
+			var have hello
+			if err := have.parse(frameAgentHello, h.want(frameAgentHello).payload); err != nil {
+				t.Fatal(err)
+			}
+			if want := (hello{versions: version, frameSize: 16380}); want != have {
+				t.Errorf("want %+v, have %+v", want, have)
+			}
+			if !on {
+				h.wantAnswers()
+				h.nc.Close()
+			} else {
+				h.wantEOF()
+			}
+			if p := receive(t, "ConnClosed", closed); p.HealthCheck != on {
+				t.Errorf("want HealthCheck %v, have %+v", on, p)
+			}
+		})
+	}
+}
+
+// A DISCONNECT is answered after the NOTIFYs before it.
+func TestDisconnectInFlight(t *testing.T) {
+	g := newGate()
+	_, ln := startMem(t, WithHandler("number", g))
+	h := ln.dial(t)
+	h.hello()
+	want := make(map[uint64]bool)
+	for id := range uint64(20) {
+		h.send(notifyFrame(id, id+1))
+		want[id] = true
+	}
+	g.wait(t, 20)
+	h.send(goodbye)
+	close(g.open)
+	for range 20 {
+		f := h.want(frameAck)
+		if !want[f.stream] || f.id != f.stream+1 {
+			t.Fatalf("want one of %v, have %s", want, inWordsFrame(f))
+		}
+		delete(want, f.stream)
+	}
+	h.wantEnd(StatusNormal)
+}
+
+// A fault ends the connection, but what was asked before it is answered: HAProxy
+// has other streams wait on that connection.
+func TestFaultInFlight(t *testing.T) {
+	g := newGate()
+	_, ln := startMem(t, WithHandler("number", g))
+	h := ln.dial(t)
+	h.hello()
+	h.send(notifyFrame(1, 1))
+	g.wait(t, 1)
+	h.send(rawFrame(frameNotify, flagFIN, 2, 2, "\x01"))
+	close(g.open)
+	h.wantAck(1, 1)
+	h.wantEnd(StatusInvalidFrame)
+}
+
+// writesConn counts Writes and notes those that don't end where a frame ends.
+type writesConn struct {
+	net.Conn
+	mu     sync.Mutex
+	writes [][]byte
+}
+
+func (c *writesConn) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	c.writes = append(c.writes, slices.Clone(b))
+	c.mu.Unlock()
+	return c.Conn.Write(b)
+}
+
+// haproxy#3478: an AGENT-HELLO in two segments makes HAProxy reset the
+// connection.
+func TestOneWrite(t *testing.T) {
+	g := newGate()
+	_, ln := startMem(t, withNumbered(), WithHandler("slow", g), WithFragmentation(1000))
+	client, server := net.Pipe()
+	defer client.Close()
+	w := &writesConn{Conn: server}
+	ln.offer(t, w)
+	h := newHAProxy(t, client)
+	h.hello()
+	slow := string(appendMessage(nil, NewMessage("slow")))
+	for id := range uint64(100) {
+		h.send(notifyFrame(id, 1), notifyFrame(id, 2))
+		if id < 20 {
+			h.send(rawFrame(frameNotify, flagFIN, id, 3, slow))
+		}
+	}
+	close(g.open)
+	for range 220 {
+		h.want(frameAck)
+	}
+	h.send(goodbye)
+	h.wantEnd(StatusNormal)
+
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	frames := 0
+	for i, b := range w.writes {
+		n := 0
+		if err := eachFrame(strings.NewReader(string(b)), func(f frame) {
+			if n++; f.kind != frameAck && n > 1 {
+				t.Errorf("write %d: want %s alone", i, frameNames[f.kind])
+			}
+		}); err != nil {
+			t.Errorf("write %d: want whole frames, have %v", i, err)
+		}
+		frames += n
+	}
+	if want := 222; want != frames {
+		t.Errorf("want %d frames, have %d", want, frames)
+	}
+}
+
+// byteConn reads and writes a byte at a time.
+type byteConn struct{ net.Conn }
+
+func (c byteConn) Read(b []byte) (int, error) { return c.Conn.Read(b[:min(len(b), 1)]) }
+
+func (c byteConn) Write(b []byte) (n int, err error) {
+	for ; n < len(b) && err == nil; n++ {
+		_, err = c.Conn.Write(b[n : n+1])
+	}
+	return n, err
+}
+
+func TestByteByByte(t *testing.T) {
+	_, ln := startMem(t, withNumbered(), WithFragmentation(1000))
+	client, server := net.Pipe()
+	defer client.Close()
+	ln.offer(t, byteConn{server})
+	h := newHAProxy(t, byteConn{client})
+	h.hello()
+	for id := range uint64(50) {
+		h.send(notifyFrame(1<<40+id, id))
+		h.wantAck(1<<40+id, id)
+	}
+	h.send(goodbye)
+	h.wantEnd(StatusNormal)
+}
+
+// Ids are 64 bits wide and come back as they came, those of each connection on
+// it.
+func TestIDs(t *testing.T) {
+	_, ln := startMem(t, withNumbered())
+	ids := []uint64{0, 1, 239, 240, 2287, 2288, math.MaxInt32, math.MaxUint32, 1 << 40, math.MaxInt64, math.MaxUint64}
+	var hs []*haproxy
+	for _, engine := range []string{"one", "two", "two"} {
+		h := ln.dial(t)
+		offer := offered
+		offer.engineID = engine
+		h.helloAs(offer)
+		hs = append(hs, h)
+	}
+	for _, stream := range ids {
+		for _, id := range ids {
+			for _, h := range hs {
+				h.send(notifyFrame(stream, id))
+			}
+			for _, h := range hs {
+				h.wantAck(stream, id)
+			}
+		}
+	}
+}
+
+// notifySized returns a NOTIFY whose length field says n.
+func notifySized(n int) string {
+	pad := n - 5 - 2 // type, flags, ids
+	for l := pad; ; l-- {
+		payload := string(appendMessage(nil, &Message{name: "number", args: []Arg{{"", String(strings.Repeat("x", l))}}}))
+		if len(payload) == pad {
+			return rawFrame(frameNotify, flagFIN, 1, 2, payload)
+		}
+	}
+}
+
+func TestFrameSize(t *testing.T) {
+	for _, size := range []int{300, 4092, 4093, 16380, 65535, 1 << 20} {
+		_, ln := startMem(t, withNumbered(), WithMaxFrameSize(1<<20))
+		offer := offered
+		offer.frameSize = uint32(size)
+		h := ln.dial(t)
+		h.helloAs(offer)
+		h.send(notifySized(size))
+		h.wantAck(1, 2)
+		h.send(notifySized(size-1), notifySized(size))
+		h.wantAck(1, 2)
+		h.wantAck(1, 2)
+		h.try(notifySized(size + 1))
+		h.wantEnd(StatusFrameTooBig)
+	}
+}
+
+func TestUnknownFrames(t *testing.T) {
+	_, ln := startMem(t, withNumbered())
+	h := ln.dial(t)
+	h.hello()
+	for kind := range 256 {
+		switch kind {
+		case frameUnset, frameNotify, frameHAProxyHello, frameHAProxyDisconnect:
+			continue
+		}
+		h.send(rawFrame(byte(kind), flagFIN, 1, 1, "\xff\xff"), rawFrame(byte(kind), 0, 1<<40, 1, ""))
+	}
+	h.wantAnswers()
+}
+
+func TestNotifyRefusedByAgent(t *testing.T) {
+	_, ln := startMem(t, withNumbered())
+	healthy := ln.dial(t)
+	healthy.hello()
+	argument := func(value string) string { return "\x01m\x01\x01a" + value }
+	for name, payload := range map[string]string{
+		"type 10":                 argument("\x0a"),
+		"type 15":                 argument("\x0f\x00"),
+		"type 26, flags":          argument("\x1a\x00"),
+		"no number of arguments":  "\x01m",
+		"arguments beyond":        "\x01m\xff\x01a\x00",
+		"second message cut":      number + "\x06numb",
+		"string beyond":           argument("\x08\x05abc"),
+		"string of 2^64-1":        argument("\x08\xff\xf1\xfe\xfe\xfe\xfe\xfe\xfe\xfe\x0eabc"),
+		"varint of 11 bytes":      argument("\x05\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00"),
+		"varint beyond 64 bits":   argument("\x05\xff\xf1\xfe\xfe\xfe\xfe\xfe\xfe\xfe\x7f"),
+		"int32 of 2^31":           argument("\x02" + string(appendVarint(nil, 1<<31))),
+		"uint32 of 2^32":          argument("\x03" + string(appendVarint(nil, 1<<32))),
+		"IPv4 of 3 bytes":         argument("\x06\x01\x02\x03"),
+		"IPv6 of 15 bytes":        argument("\x07\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f"),
+		"name of 2^31 bytes":      string(appendVarint(nil, 1<<31)) + "m\x00",
+		"argument of 2^63 length": "\x01m\x01" + string(appendVarint(nil, 1<<63)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := ln.dial(t)
+			h.hello()
+			h.send(notifyFrame(1, 1))
+			h.send(rawFrame(frameNotify, flagFIN, 2, 2, payload))
+			h.wantAck(1, 1)
+			h.wantEnd(StatusInvalidFrame)
+			healthy.wantAnswers()
+		})
+	}
+}
+
+// An ACK fills the negotiated frame to the last byte, and no further.
+func TestAckSize(t *testing.T) {
+	const size = 256
+	for _, stream := range []uint64{0, math.MaxUint64} {
+		for _, fault := range []bool{false, true} {
+			errs := make(chan error, 1)
+			opts := []Option{
+				WithHandlerFunc("fill", func(_ context.Context, m *Message, a *Actions) error {
+					n, _ := m.Arg(0).Value.Int()
+					a.SetVar(ScopeSess, "v", String(strings.Repeat("x", int(n))))
+					errs <- a.Err()
+					return nil
+				}),
+			}
+			if fault {
+				opts = append(opts, WithFaultVar(ScopeTxn, strings.Repeat("f", 63)))
+			}
+			_, ln := startMem(t, opts...)
+			h := ln.dial(t)
+			offer := offered
+			offer.frameSize = size
+			h.helloAs(offer)
+			largest := 0
+			for n := 100; n < size; n++ {
+				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, &Message{name: "fill", args: []Arg{{"", Int64(int64(n))}}}))))
+				f := h.want(frameAck)
+				err := receive(t, "a call", errs)
+				length := 5 + varintLen(stream) + varintLen(f.id) + len(f.payload)
+				if length > size {
+					t.Fatalf("%d bytes of value: want an ACK of at most %d, have %d", n, size, length)
+				}
+				if err == nil {
+					largest = max(largest, length)
+				}
+			}
+			want := size
+			if fault {
+				want -= len("\x01\x03\x02\x3f") + 63 + len("\x08\x08overload")
+			}
+			if want != largest {
+				t.Errorf("stream %d, fault variable %v: want the largest ACK of %d bytes, have %d", stream, fault, want, largest)
+			}
+		}
+	}
 }

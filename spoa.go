@@ -820,6 +820,8 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 	inline := c.pace.inline() && rd.allowed()
 	j := rd.job
 	if !inline {
+		rd.endBatch()
+		rd.began = 0
 		rd.room()
 		j = newJob(&c.lane)
 	}
@@ -837,6 +839,9 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 	if !inline {
 		c.workers.spread(j)
 		return nil
+	}
+	if rd.began == 0 { // what others had before doesn't count
+		rd.began = c.workers.clock()
 	}
 	rd.begin()
 	c.workers.heat(&c.lane)

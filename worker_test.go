@@ -539,3 +539,29 @@ func TestHandlerContext(t *testing.T) {
 		}
 	})
 }
+
+// The call that is tried inline after a run of spread ones is judged by its own
+// time, not by the time that the reader waited for the others.
+func TestPaceAfterSpread(t *testing.T) {
+	g := new(gates)
+	opts := []Option{WithPipelining(1), WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo)}
+	bubble(t, opts, func(t *testing.T, b *bed) {
+		*g = *newGates()
+		p := b.peer()
+		c := b.sole()
+		c.pace.left, c.pace.slow = 2, true
+		p.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
+		for _, s := range []string{"a", "b"} {
+			<-g.in
+			time.Sleep(time.Second)
+			close(g.gate(s))
+		}
+		p.want(1, 1, sets("wait", "a"))
+		p.want(1, 3, sets("echo", "c")) // the window is for spread ones
+		p.want(1, 2, sets("wait", "b"))
+		synctest.Wait()
+		if c.pace.left != 0 || c.pace.slow {
+			t.Errorf("want the next calls inline, have %+v", c.pace)
+		}
+	})
+}

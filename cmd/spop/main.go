@@ -1,0 +1,298 @@
+// Command spop is curl and wrk for agents of HAProxy's Stream Processing
+// Offload Engine: it sends a message and shows the answer, checks an agent's
+// health as HAProxy does, and measures how fast an agent is.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spoa-go/spoa"
+)
+
+const usage = `Usage: spop notify|check|bench [flags] [MESSAGE [NAME=]TYPE:VALUE...]
+
+Speaks HAProxy's side of SPOP, the protocol of SPOE agents.
+
+  spop notify   sends a message and prints the actions of the answer
+  spop check    does what HAProxy's "option spop-check" does
+  spop bench    measures an agent under load
+
+Each has more to say with -h. Results go to standard output, everything else
+to standard error. Exit status: 0 well, 1 refused, failed or no answer, 2 usage.
+`
+
+const notifyUsage = `Usage: spop notify [-addr A] [-timeout T] [-n N] [-json] [-v] MESSAGE [NAME=]TYPE:VALUE...
+
+Sends MESSAGE with its arguments in a NOTIFY, as HAProxy does, and prints the
+actions of the answer, one per line; nothing if there are none:
+
+  $ spop notify check-client-ip src=ip:192.0.2.1
+  set-var sess.ip_score int 42
+
+  -addr A      the agent: host:port or unix:/path (default 127.0.0.1:12345)
+  -timeout T   for connecting, and for each answer (default 5s)
+  -n N         send it N times, one after the other (default 1)
+  -json        print each answer as one line of JSON, with its latency in µs
+  -v           show every frame on standard error
+
+` + argsUsage + `
+Exit status: 0 answered, 1 refused or no answer, 2 usage.
+`
+
+const checkUsage = `Usage: spop check [-addr A] [-timeout T] [-json] [-v]
+
+Says the HELLO of HAProxy's "option spop-check" and prints what the agent
+agrees to. For scripts and the health checks of containers.
+
+  -addr A      the agent: host:port or unix:/path (default 127.0.0.1:12345)
+  -timeout T   for connecting and the answer (default 5s)
+  -json        print one line of JSON
+  -v           show every frame on standard error
+
+Exit status: 0 healthy, 1 not, 2 usage.
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+	os.Exit(run(ctx, os.Args[1:]))
+}
+
+// usageError is an error in the command line.
+type usageError string
+
+func (e usageError) Error() string { return string(e) }
+
+func misuse(format string, args ...any) error { return usageError(fmt.Sprintf(format, args...)) }
+
+// errReported is for failures that the results on standard output show.
+var errReported = errors.New("failed")
+
+// run runs a subcommand and returns the exit status.
+func run(ctx context.Context, args []string) int {
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usage)
+		return 2
+	}
+	name := args[0]
+	var err error
+	switch name {
+	case "notify":
+		err = notify(ctx, args[1:])
+	case "check":
+		err = check(ctx, args[1:])
+	case "bench":
+		err = bench(ctx, args[1:])
+	case "-h", "-help", "--help", "help":
+		fmt.Print(usage)
+		return 0
+	default:
+		fmt.Fprintf(os.Stderr, "spop: no subcommand %q: want spop notify, check or bench\n", name)
+		return 2
+	}
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.Is(err, errReported):
+		return 1
+	}
+	fmt.Fprintf(os.Stderr, "spop %s: %v\n", name, err)
+	if _, ok := errors.AsType[usageError](err); ok {
+		return 2
+	}
+	return 1
+}
+
+// common holds the flags that all subcommands have.
+type common struct {
+	*flag.FlagSet
+	addr    address
+	timeout time.Duration
+	json    bool
+	verbose bool
+}
+
+func newCommon() *common {
+	c := &common{FlagSet: flag.NewFlagSet("", flag.ContinueOnError), addr: address{"tcp", "127.0.0.1:12345"}}
+	c.SetOutput(io.Discard)
+	c.Var(&c.addr, "addr", "")
+	c.DurationVar(&c.timeout, "timeout", 5*time.Second, "")
+	c.BoolVar(&c.json, "json", false, "")
+	return c
+}
+
+// parse parses the flags. With -h it prints the help and returns flag.ErrHelp.
+func (c *common) parse(args []string, help string) error {
+	form, _, _ := strings.Cut(strings.TrimPrefix(help, "Usage: "), "\n")
+	err := c.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Print(help)
+		return err
+	case err != nil:
+		return misuse("%v: want %s", err, form)
+	case c.timeout <= 0:
+		return misuse("-timeout %v: want more than 0, such as 5s", c.timeout)
+	}
+	return nil
+}
+
+// address is a flag: host:port or unix:/path.
+type address struct{ network, address string }
+
+func (a *address) String() string {
+	if a.network == "unix" {
+		return "unix:" + a.address
+	}
+	return a.address
+}
+
+func (a *address) Set(s string) error {
+	if path, ok := strings.CutPrefix(s, "unix:"); ok && path != "" {
+		*a = address{"unix", path}
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(s); err != nil || port == "" {
+		return errors.New("not of the form host:port or unix:/path")
+	}
+	*a = address{"tcp", s}
+	return nil
+}
+
+// dial connects to the agent and does the HELLO.
+func (c *common) dial(ctx context.Context) (*spoa.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, c.addr.network, c.addr.address)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	client, err := spoa.NewClient(ctx, c.trace(conn))
+	return client, c.explain(err)
+}
+
+func (c *common) trace(conn net.Conn) net.Conn {
+	if !c.verbose {
+		return conn
+	}
+	return spoa.Trace(conn, func(sent bool, frame string) {
+		arrow := "<"
+		if sent {
+			arrow = ">"
+		}
+		fmt.Fprintln(os.Stderr, arrow, frame)
+	})
+}
+
+// explain says of errors that do not whom they are about, and in whose words.
+func (c *common) explain(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%v: no answer within %v", &c.addr, c.timeout)
+	case errors.Is(err, context.Canceled):
+		return fmt.Errorf("%v: interrupted", &c.addr)
+	case errors.As(err, new(*spoa.DisconnectError)):
+		return fmt.Errorf("%v: %w", &c.addr, err)
+	}
+	return err
+}
+
+func notify(ctx context.Context, args []string) error {
+	c := newCommon()
+	n := c.Int("n", 1, "")
+	c.BoolVar(&c.verbose, "v", false, "")
+	if err := c.parse(args, notifyUsage); err != nil {
+		return err
+	}
+	if *n < 1 {
+		return misuse("-n %d: want at least 1", *n)
+	}
+	m, err := parseMessage(c.Args())
+	if err != nil {
+		return err
+	}
+	client, err := c.dial(ctx)
+	if err != nil {
+		return err
+	}
+	for range *n {
+		if err := c.notifyOnce(ctx, client, m); err != nil {
+			return c.explain(err) // an agent that owes an answer would be slow with a farewell too
+		}
+	}
+	_ = client.Close() // all that was asked has been answered
+	return nil
+}
+
+func (c *common) notifyOnce(ctx context.Context, client *spoa.Client, m *spoa.Message) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	start := time.Now()
+	actions, err := client.Notify(ctx, m)
+	if err != nil {
+		return err
+	}
+	if c.json {
+		took := float64(time.Since(start).Nanoseconds()) / 1e3
+		return printJSON(answerJSON{took, actionsJSON(actions)})
+	}
+	for _, a := range actions {
+		fmt.Println(formatAction(a))
+	}
+	return nil
+}
+
+func check(ctx context.Context, args []string) error {
+	c := newCommon()
+	c.BoolVar(&c.verbose, "v", false, "")
+	if err := c.parse(args, checkUsage); err != nil {
+		return err
+	}
+	if c.NArg() > 0 {
+		return misuse("unexpected argument %q: want flags only", c.Arg(0))
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, c.addr.network, c.addr.address)
+	if err != nil {
+		return c.explain(err)
+	}
+	h, err := spoa.Probe(ctx, c.trace(conn))
+	if err != nil {
+		return c.explain(err)
+	}
+	if c.json {
+		return printJSON(newHelloJSON(h))
+	}
+	capabilities := "none"
+	if h.Capabilities != nil {
+		capabilities = strings.Join(h.Capabilities, ",")
+	}
+	fmt.Printf("version %s\nmax-frame-size %d\ncapabilities %s\n", h.Version, h.MaxFrameSize, capabilities)
+	return nil
+}
+
+type helloJSON struct {
+	Version      string   `json:"version"`
+	MaxFrameSize int      `json:"max_frame_size"`
+	Capabilities []string `json:"capabilities"`
+}
+
+func newHelloJSON(h spoa.AgentHello) helloJSON {
+	return helloJSON{h.Version, h.MaxFrameSize, append([]string{}, h.Capabilities...)}
+}
+
+func printJSON(v any) error { return json.NewEncoder(os.Stdout).Encode(v) }

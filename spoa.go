@@ -895,8 +895,12 @@ func (rd *reader) fragment() error {
 	return rd.notify(g.buf, true)
 }
 
-// allowed tells whether the reader may run a handler itself.
+// allowed tells whether the reader may run a handler itself: not while others
+// wait for leave to.
 func (rd *reader) allowed() bool {
+	if rd.leave && rd.conn.workers.waiting.Load() > 0 {
+		rd.pause()
+	}
 	if !rd.leave {
 		rd.leave = rd.conn.workers.acquire()
 	}

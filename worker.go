@@ -364,7 +364,7 @@ func (w *workers) nextJob() *job {
 			return nil
 		}
 		w.waiting.Add(-1)
-		w.first = l.after
+		w.first, l.after = l.after, nil
 		if l.tokens--; l.tokens > 0 {
 			w.pushLane(l)
 		}
@@ -376,7 +376,6 @@ func (w *workers) nextJob() *job {
 }
 
 func (w *workers) pushLane(l *lane) {
-	l.after = nil
 	if w.first == nil {
 		w.first = l
 	} else {

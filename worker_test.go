@@ -565,3 +565,52 @@ func TestPaceAfterSpread(t *testing.T) {
 		}
 	})
 }
+
+// order is a handler that notes the order of the calls.
+type order struct {
+	mu   sync.Mutex
+	took time.Duration
+	list []string
+}
+
+func (o *order) ServeSPOE(_ context.Context, m *Message, _ *Actions) error {
+	o.mu.Lock()
+	o.list = append(o.list, m.Arg(0).Value.String())
+	o.mu.Unlock()
+	time.Sleep(o.took)
+	return nil
+}
+
+// A flood on one connection delays another one by no more than the call that
+// runs and one that may be first in the ring.
+func TestWorkersFair(t *testing.T) {
+	for _, took := range []time.Duration{
+		stallAfter / 4, // all of a batch inline
+		4 * stallAfter, // all but the first spread
+	} {
+		o := &order{took: took}
+		bubble(t, []Option{WithWorkers(1), WithHandler("order", o)}, func(t *testing.T, b *bed) {
+			flood, other := b.peer(), b.peer()
+			ordered := func(s string) *Message { return NewMessage("order", Arg{"", String(s)}) }
+			var frames [][]byte
+			for id := range uint64(20) {
+				frames = append(frames, notifyOf(1, id, ordered("flood")))
+			}
+			flood.send(frames...)
+			synctest.Wait() // the first has begun
+			other.send(notifyOf(1, 1, ordered("other")), notifyOf(1, 2, ordered("other")))
+			other.want(1, 1, "")
+			other.want(1, 2, "")
+			o.mu.Lock()
+			first := slices.Index(o.list, "other")
+			second := first + 1 + slices.Index(o.list[first+1:], "other")
+			if first > 2 || second > first+2 {
+				t.Errorf("handlers of %v: want the other connection's turn early, have %q", took, o.list)
+			}
+			o.mu.Unlock()
+			for range frames {
+				<-flood.answers
+			}
+		})
+	}
+}

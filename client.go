@@ -28,9 +28,8 @@ const (
 var errBusy = errors.New("spoa: too many NOTIFYs in flight")
 
 // Client is HAProxy's side of one connection to an agent: for tests, probes and
-// load. It is as strict as the specification, so that an agent it is content
-// with is one that every HAProxy is content with. Its methods may be called by
-// several goroutines at once.
+// load. It insists on what the specification says even where HAProxy is
+// lenient. Its methods may be called by several goroutines at once.
 //
 // A connection ends with Close, when the agent says AGENT-DISCONNECT or closes
 // it, or at the agent's first fault, which the agent is told in a

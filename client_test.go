@@ -807,7 +807,8 @@ func TestClientTransports(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := tls.Dialer{Config: &tls.Config{ServerName: "example.com", RootCAs: https.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}}
+	d := tls.Dialer{Config: https.Client().Transport.(*http.Transport).TLSClientConfig.Clone()}
+	d.Config.ServerName = "example.com"
 	conn, err := d.DialContext(t.Context(), "tcp", plain.Addr().String())
 	if err != nil {
 		t.Fatal(err)

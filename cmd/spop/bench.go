@@ -15,7 +15,7 @@ import (
 	"github.com/spoa-go/spoa"
 )
 
-const benchUsage = `Usage: spop bench [-addr A] [-conns N] [-inflight K] [-duration D] [-count N] [-rate R] [-expect VAR] [-timeout T] [-json] MESSAGE [NAME=]TYPE:VALUE...
+const benchUsage = `Usage: spop bench [-addr A] [-conns N] [-inflight K] [-duration D] [flags] MESSAGE [NAME=]TYPE:VALUE...
 
 Sends MESSAGE over and over and measures the answers. On a terminal it shows how
 it goes, elsewhere it prints a line a second, both on standard error. Ctrl-C ends

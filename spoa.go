@@ -276,11 +276,13 @@ func (a *Agent) advance(to int32) bool {
 		go a.drain()
 	}
 	a.phase.Store(to)
-	if to == closed {
-		a.cancel()
+	if to >= stopping {
 		for l := range a.listeners {
 			l.Close()
 		}
+	}
+	if to == closed {
+		a.cancel()
 		close(a.done)
 	}
 	for c := range a.conns {
@@ -404,11 +406,13 @@ type conn struct {
 	armed      time.Duration // when the read deadline is; 0: none
 	began      time.Duration // when the frame that is being read began; 0: none is
 	last       time.Duration // when the last byte came
+	part       parting
 
 	// Guarded by mu.
 	peer       Peer
 	out, spare []byte
 	writing    bool          // somebody is; nobody else may
+	held       bool          // nobody may; see parting
 	writeArmed time.Duration // when the write deadline is; the writer's
 	werr       error         // why writing failed
 }
@@ -472,7 +476,7 @@ func (c *conn) flush() {
 // write sends what there is, unless somebody else is at it: who writes goes on
 // until nothing is left. With mu held, which it gives up meanwhile.
 func (c *conn) write() {
-	if c.writing {
+	if c.writing || c.held {
 		return
 	}
 	c.writing = true
@@ -822,7 +826,9 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 	if !inline {
 		rd.endBatch()
 		rd.began = 0
-		rd.room()
+		if !rd.room() {
+			return net.ErrClosed
+		}
 		j = newJob(&c.lane)
 	}
 	switch {
@@ -962,21 +968,21 @@ func (rd *reader) merge() {
 	rd.out = rd.out[:0]
 }
 
-// room waits until the connection may have one more NOTIFY in flight.
-func (rd *reader) room() {
+// room waits until the connection may have one more NOTIFY in flight. It may
+// not if nobody is there any more for the answer.
+func (rd *reader) room() bool {
 	c := rd.conn
 	c.mu.Lock()
-	full := c.pending >= c.window && !c.gone
-	c.mu.Unlock()
-	if !full {
-		return
+	defer c.mu.Unlock()
+	if c.pending >= c.window && !c.gone {
+		c.mu.Unlock()
+		rd.pause()
+		c.mu.Lock()
 	}
-	rd.pause()
-	c.mu.Lock()
 	for c.pending >= c.window && !c.gone {
 		c.moved.Wait()
 	}
-	c.mu.Unlock()
+	return !c.gone || c.async && c.pending < c.window
 }
 
 // fill reads what has come, and waits for it if nothing has.
@@ -1085,11 +1091,19 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 		at(now + tick)
 	}
-	if phase == draining && at(max(c.last+quietTime, time.Duration(a.quietFrom.Load()))) {
-		if free || rd.w > 0 && c.pending == 0 {
+	if phase == draining {
+		from := time.Duration(a.quietFrom.Load())
+		if at(max(c.last+quietTime, from)) {
+			if free {
+				return 0, errStopping
+			}
+			at(now + quietTime/4)
+		}
+		full := c.held && c.notifies.Load()-c.part.count >= partWindow
+		if from > 0 && at(from+quietTime) && (at(c.part.next) || full) && c.parts(now) {
 			return 0, errStopping
 		}
-		at(now + quietTime/4)
+		at(c.part.next)
 	}
 	if a.idleTimeout > 0 && c.agreed && at(c.last+a.idleTimeout) {
 		if free {
@@ -1111,6 +1125,52 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 	}
 	return next, nil
+}
+
+// parting is how a drain closes a connection that is never quiet. HAProxy up to
+// 3.0 goes on using its connections to a server that is down, and loses what it
+// has sent when the AGENT-DISCONNECT comes. So the answers are held back for a
+// moment, until it sends no more: because as many NOTIFYs are in flight as it
+// allows, or because all who ask are waiting. Then they leave together with the
+// AGENT-DISCONNECT, in one Write, which HAProxy deals with before it sends
+// anything. If that moment doesn't come, the answers leave, and it is tried
+// again.
+type parting struct {
+	next  time.Duration // when to look again; the reader's
+	began time.Duration // of holding back
+	count uint64        // of NOTIFYs, then
+}
+
+const (
+	partFor    = 50 * time.Millisecond // that answers are held back at most
+	partGap    = 10 * time.Millisecond // without a NOTIFY: nobody sends any more
+	partRetry  = 100 * time.Millisecond
+	partWindow = 20 // HAProxy's max-waiting-frames, by default
+)
+
+// parts tells whether the connection can be closed now, and else what to do
+// next about it.
+func (c *conn) parts(now time.Duration) bool {
+	p := &c.part
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch n := c.notifies.Load(); {
+	case !c.held:
+		c.held = true
+		p.began, p.count = now, n-uint64(c.pending)
+		p.next = now + partGap
+	case c.pending == 0 && (n-p.count >= partWindow || now-c.last >= partGap):
+		return true
+	case now-p.began >= partFor:
+		c.held = false
+		c.write()
+		p.next = now + partRetry
+	case n-p.count >= partWindow:
+		p.next = now + tick
+	default:
+		p.next = min(p.began+partFor, max(c.last+partGap, now+tick))
+	}
+	return false
 }
 
 // end ends the connection: what is in flight is answered if the peer can still
@@ -1144,16 +1204,25 @@ func (c *conn) end(rd *reader, why error) {
 	c.mu.Lock()
 	rd.merge()
 	if wait || say {
-		c.write()
 		defer time.AfterFunc(endGrace, c.giveUp).Stop()
+		if c.pending > 0 || !say {
+			c.held = false
+			c.write()
+		}
 	}
-	for !c.gone && (wait && c.pending > 0 || (wait || say) && (c.writing || len(c.out) > 0)) {
+	for !c.gone && (wait && c.pending > 0 || (wait || say) && c.writing || wait && !say && len(c.out) > 0) {
 		c.moved.Wait()
 	}
 	answers := !c.gone // the peer may still be there
 	async := c.async
+	var last []byte
 	switch {
 	case answers && (say || wait):
+		if say { // in one Write with the last answers, see parting
+			n := len(c.out)
+			last = appendDisconnect(c.out, frameAgentDisconnect, status, message)
+			c.debug("sent", last[n:])
+		}
 		c.gone = true
 		c.out, c.spare = nil, nil
 	case answers:
@@ -1161,10 +1230,8 @@ func (c *conn) end(rd *reader, why error) {
 	}
 	c.mu.Unlock()
 
-	if answers && say {
-		b := appendDisconnect(nil, frameAgentDisconnect, status, message)
-		c.debug("sent", b)
-		c.send(b)
+	if last != nil {
+		c.send(last)
 	}
 	if !async || len(c.agent.siblings(c)) == 0 {
 		c.cancel()

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -613,4 +614,30 @@ func TestWorkersFair(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What a closed connection has left in its buffer is not begun any more.
+func TestWorkersClosed(t *testing.T) {
+	var calls atomic.Int32
+	opts := []Option{WithPipelining(2), WithHandlerFunc("wait", func(ctx context.Context, _ *Message, _ *Actions) error {
+		calls.Add(1)
+		<-ctx.Done()
+		return nil
+	})}
+	bubble(t, opts, func(t *testing.T, b *bed) {
+		p := b.peer()
+		c := b.sole()
+		c.pace.left = 100
+		var frames [][]byte
+		for id := range uint64(50) {
+			frames = append(frames, notifyOf(1, id, waiting("")))
+		}
+		p.send(frames...)
+		synctest.Wait()
+		b.Close()
+		synctest.Wait()
+		if want, have := int32(2), calls.Load(); want != have {
+			t.Errorf("want %d calls, have %d", want, have)
+		}
+	})
 }

@@ -225,7 +225,8 @@ func (p *process) await(t *testing.T, re string) []string {
 	return m
 }
 
-// eventually asks again, with short pauses, until ok says yes: for the state of other processes, which no event reports.
+// eventually asks again, with short pauses, until ok says yes: for the state of other processes, which no event
+// reports.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	pause := time.NewTicker(5 * time.Millisecond)
@@ -313,7 +314,12 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 	dir := shortTempDir(t)
 	front := freeAddr(t, "127.0.0.1")
 	bind := "bind " + front
-	h := &haproxy{url: "http://" + front + "/", spoeLog: startSyslog(t), stats: filepath.Join(dir, "stats"), master: filepath.Join(dir, "master")}
+	h := &haproxy{
+		url:     "http://" + front + "/",
+		spoeLog: startSyslog(t),
+		stats:   filepath.Join(dir, "stats"),
+		master:  filepath.Join(dir, "master"),
+	}
 	if s.ipv6 {
 		front6 := freeAddr(t, "::1")
 		bind += "\n    bind " + front6
@@ -326,7 +332,7 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 	edit(t, dir, "haproxy.cfg", append([]string{
 		"global\n", "global\n    stats socket " + h.stats + " level admin\n    log " + h.spoeLog.addr + " local0\n",
 		"bind 127.0.0.1:8080", bind,
-		"option spop-check", "option spop-check\n    timeout check 5s", // else inter, too short for a busy machine
+		"option spop-check", "option spop-check\n    timeout check 5s", // not inter, too short for a busy machine
 		"127.0.0.1:12345 check", s.agent + " check inter 200ms fall 2 rise 1",
 	}, s.cfg...))
 	edit(t, dir, "ip-reputation.conf", append([]string{

@@ -655,6 +655,7 @@ func (rd *reader) run() {
 		c.mu.Unlock()
 		c.complete(rd.job)
 	}()
+	rd.flush() // what the reader before has answered
 	err := rd.serve()
 	exited = false
 	if err != errTaken {
@@ -1076,8 +1077,9 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		return false
 	}
 	c.mu.Lock()
-	free := c.pending == 0 && !c.writing && rd.w == 0
+	answered := c.pending == 0 && !c.writing
 	c.mu.Unlock()
+	free := answered && rd.w == 0
 	switch {
 	case phase >= stopping:
 		return 0, errStopping
@@ -1094,7 +1096,7 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 	if phase == draining {
 		from := time.Duration(a.quietFrom.Load())
 		if at(max(c.last+quietTime, from)) {
-			if free {
+			if answered {
 				return 0, errStopping
 			}
 			at(now + quietTime/4)

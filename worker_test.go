@@ -641,3 +641,68 @@ func TestWorkersClosed(t *testing.T) {
 		}
 	})
 }
+
+// A handler that stalls keeps neither those before it nor those after it on its
+// connection waiting, and what it looks at stays as it is.
+func TestHandOver(t *testing.T) {
+	g := new(gates)
+	opts := []Option{WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo),
+		WithHandlerFunc("view", func(ctx context.Context, m *Message, a *Actions) error {
+			v, same := m.Arg(0).Value, m.Arg(0).Value.String()
+			g.in <- same[:1]
+			<-g.gate(same[:1])
+			if have := v.String(); have != same || m.Arg(0).Value.String() != same || m.Name() != "view" {
+				t.Errorf("view: want %.20q..., have %.20q...", same, have)
+			}
+			return echo(ctx, m, a)
+		})}
+	viewed := func(s string) *Message { return NewMessage("view", Arg{"s", String(s)}) }
+	bubble(t, opts, func(t *testing.T, b *bed) {
+		*g = *newGates()
+		p := b.peer()
+		c := b.sole()
+		c.pace.calls = stallRun // so that one stall has nothing spread
+		rest := notifyOf(1, 5, echoed("after"))
+		long := strings.Repeat("long", 2000)
+		began := time.Now()
+		sent := make(chan struct{})
+		go func() { // more than is read at once
+			defer close(sent)
+			p.send(notifyOf(1, 1, echoed("before")), notifyOf(1, 2, waiting("x")), notifyOf(1, 3, viewed("y")),
+				notifyOf(1, 4, viewed(long)), rest[:9])
+		}()
+		// One look of the watch sees the call, the next finds it there still.
+		for i, want := range []string{"x", "y", "l"} {
+			if have := <-g.in; want != have {
+				t.Errorf("want the handler of %s, have that of %s", want, have)
+			}
+			if want, have := time.Duration(2*i)*tick, time.Since(began); have > want {
+				t.Errorf("want call %d after %v, have it after %v", i, want, have)
+			}
+		}
+		if a := p.want(1, 1, sets("echo", "before")); a.at.Sub(began) > 2*tick {
+			t.Errorf("want the answer before the stalled one within %v, have it after %v", 2*tick, a.at.Sub(began))
+		}
+		<-sent
+		p.send(rest[9:])
+		p.want(1, 5, sets("echo", "after"))
+		// More comes, larger than all before, and is answered.
+		for id := uint64(6); id < 40; id++ {
+			p.send(notifyOf(1, id, echoed(strings.Repeat("z", 100*int(id)))))
+			p.want(1, id, sets("echo", strings.Repeat("z", 100*int(id))))
+		}
+		for _, s := range []string{"l", "y", "x"} {
+			close(g.gate(s))
+		}
+		got := make(map[string]bool)
+		for range 3 {
+			got[(<-p.answers).String()] = true
+		}
+		for _, want := range []answer{{1, 2, sets("wait", "x"), began}, {1, 3, sets("view", "y"), began}, {1, 4, sets("view", long), began}} {
+			if !got[want.String()] {
+				t.Errorf("want ACK %.60v", want)
+			}
+		}
+		p.wantNone()
+	})
+}

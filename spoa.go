@@ -63,7 +63,6 @@ type Agent struct {
 	warnSilent atomic.Bool   // none had for long, and that was logged
 	phase      atomic.Int32  // changed with mu held
 	quietFrom  atomic.Int64  // the clock when a drain may end at the earliest
-	stop       chan struct{} // closed when Shutdown or Close begins
 	emptied    chan struct{} // a drain: the last connection has gone
 	done       chan struct{} // closed when nothing is served any more
 }
@@ -208,8 +207,10 @@ func (a *Agent) remove(c *conn) {
 // NOTIFYs are answered as ever, also on new connections. A connection on which
 // nothing is in flight and nothing has come for a second is closed with an
 // AGENT-DISCONNECT, but if health checks are seen, not before HAProxy has
-// missed three of them. When none is left, the listeners are closed. With
-// nobody connected, and no health checks, Shutdown returns at once.
+// missed three of them; from a second later on answers of connections that are
+// still busy may be held back for 50 ms, to close these without a loss too. When
+// none is left, the listeners are closed. With nobody connected, and no health
+// checks, Shutdown returns at once.
 //
 // Shortly before the deadline of ctx (a tenth of what is left, a second at
 // most) reading ends, what is in flight is answered, and the connections are

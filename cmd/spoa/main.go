@@ -59,7 +59,7 @@ from 0 for the worst addresses to 100 for those on no list.
                 repeatable
 
   -listen addr  listen here instead: host:port, unix:/path, or systemd for the
-                sockets that it passes (the default if there are any); repeatable
+                sockets it passes (the default if there are any); repeatable
   -unix-mode m  permissions of unix sockets (default 0660)
   -tls-cert file, -tls-key file
                 speak TLS on TCP, with this certificate
@@ -77,8 +77,8 @@ from 0 for the worst addresses to 100 for those on no list.
 
 Each flag can come from the environment too: SPOA_LISTEN, SPOA_TLS_CERT, and so
 on, with commas between the values of a repeatable one. The command line wins
-over the environment, and that over the file. SIGHUP reads lists and certificates
-again; lists are also read when their files change.
+over the environment, and that over the file. SIGHUP reads lists and
+certificates again; lists are also read when their files change.
 `
 
 // config is what the command line, the environment and the file say.
@@ -421,26 +421,34 @@ func serve(c *config, stderr io.Writer) error {
 		level.Info(logger).Log("msg", "listening", "addr", l.Addr(), "access", access(l, c))
 		g.Add(agent.Actor(l, c.drain))
 	}
-	g.Add(run.SignalHandler(context.Background(), syscall.SIGINT, syscall.SIGTERM))
-	drained := make(chan struct{})
+	// Not run.SignalHandler, which listens only from its start to the first
+	// signal: earlier and later ones would kill the process.
+	g.Add(actor(func(ctx context.Context) error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case sig := <-end:
+			return &run.SignalError{Signal: sig}
+		}
+	}))
+	ending, drained := make(chan struct{}), make(chan struct{})
 	if status != nil {
 		level.Info(logger).Log("msg", "metrics", "addr", status.Addr())
 		g.Add(m.actor(status, drained))
 	}
 	g.Add(func() error {
-		for n := 1; ; n++ {
-			select {
-			case <-drained:
-				return nil
-			case <-end: // the first one is SignalHandler's
-				if n == 2 {
-					level.Warn(logger).Log("msg", "second signal: closing at once")
-					agent.Close()
-				}
-			}
+		<-ending
+		select {
+		case <-end:
+			level.Warn(logger).Log("msg", "second signal: closing at once")
+			agent.Close()
+			<-drained
+		case <-drained:
 		}
+		return nil
 	}, func(error) {
 		notifySystemd(logger, daemon.SdNotifyStopping)
+		close(ending)
 		go func() {
 			ctx, cancel := context.WithTimeout(context.Background(), c.drain)
 			defer cancel()

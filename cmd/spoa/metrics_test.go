@@ -1,0 +1,424 @@
+//go:build unix
+
+package main
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-kit/log"
+	"github.com/spoa-go/spoa"
+)
+
+// unixClient speaks HTTP over a unix socket.
+func unixClient(path string) *http.Client {
+	return &http.Client{Timeout: patience, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}
+}
+
+// fetch returns status and body.
+func fetch(t *testing.T, c *http.Client, path string) string {
+	t.Helper()
+	resp, err := c.Get("http://spoa" + path)
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("%d %s", resp.StatusCode, b)
+}
+
+// get returns what m's server says.
+func (m *metrics) get(t *testing.T, path string) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+	if w.Code != http.StatusOK {
+		t.Errorf("%s: status %d: %s", path, w.Code, w.Body)
+	}
+	return w.Body.String()
+}
+
+func wantLines(t *testing.T, text string, lines ...string) {
+	t.Helper()
+	for _, line := range lines {
+		if !strings.Contains("\n"+text, "\n"+line+"\n") {
+			t.Errorf("want the line %s", line)
+		}
+	}
+}
+
+func TestHandledAllocs(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	for _, err := range []error{
+		nil, spoa.ErrNoHandler, spoa.ErrOverload, context.DeadlineExceeded, errors.New("x"), &spoa.PanicError{}, fmt.Errorf("%w", spoa.ErrOverload),
+	} {
+		for _, name := range []string{message, "another"} {
+			if n := testing.AllocsPerRun(100, func() {
+				m.handled(name, time.Millisecond, err)
+				m.judged("", false)
+			}); n != 0 {
+				t.Errorf("%s, %v: want no allocation, have %v", name, err, n)
+			}
+		}
+	}
+}
+
+func TestOutcomes(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	for i, err := range []error{
+		nil, errors.New("x"), fmt.Errorf("%w", &spoa.PanicError{}), context.DeadlineExceeded, spoa.ErrOverload, spoa.ErrNoHandler,
+	} {
+		for range i + 1 {
+			m.handled(message, 3*time.Millisecond, err)
+		}
+	}
+	m.handled("one", 0, spoa.ErrNoHandler)
+	m.handled("two", 0, spoa.ErrNoHandler)
+	text := m.get(t, "/metrics")
+	wantLines(t, text,
+		`spoa_messages_total{message="check-client-ip",outcome="ok"} 1`,
+		`spoa_messages_total{message="check-client-ip",outcome="error"} 2`,
+		`spoa_messages_total{message="check-client-ip",outcome="panic"} 3`,
+		`spoa_messages_total{message="check-client-ip",outcome="timeout"} 4`,
+		`spoa_messages_total{message="check-client-ip",outcome="overload"} 5`,
+		`spoa_messages_total{message="check-client-ip",outcome="no_handler"} 6`,
+		`spoa_messages_total{message="other",outcome="no_handler"} 2`,
+		`spoa_handler_duration_seconds_count{message="check-client-ip"} 10`, // the others were not called
+		`spoa_handler_duration_seconds_bucket{message="check-client-ip",le="0.0025"} 0`,
+		`spoa_handler_duration_seconds_bucket{message="check-client-ip",le="0.005"} 10`,
+		`spoa_handler_duration_seconds_count{message="other"} 0`)
+	if strings.Contains(text, `"one"`) {
+		t.Error("want no label that a peer can choose")
+	}
+	if !regexp.MustCompile(`(?m)^spoa_build_info\{goversion="go1[^"]*",revision="[^"]*",version="[^"]+"\} 1$`).MatchString(text) {
+		t.Error("want build info")
+	}
+}
+
+func TestFaults(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	for _, err := range []error{
+		nil,
+		&spoa.DisconnectError{Remote: true},
+		&spoa.DisconnectError{Status: spoa.StatusFrameTooBig},
+		&spoa.DisconnectError{Status: spoa.StatusTimeout, Remote: true},
+		&spoa.DisconnectError{Status: 12345, Remote: true},
+		&spoa.DisconnectError{Status: 54321, Remote: true},
+		errors.New("tls: bad certificate"),
+	} {
+		m.connClosed(spoa.Peer{HealthCheck: err == nil}, err)
+	}
+	text := m.get(t, "/metrics")
+	wantLines(t, text,
+		`spoa_faults_total{by="agent",code="3"} 1`,
+		`spoa_faults_total{by="haproxy",code="2"} 1`,
+		`spoa_faults_total{by="haproxy",code="other"} 2`,
+		`spoa_faults_total{by="",code="network"} 1`,
+		`spoa_faults_total{by="agent",code="2"} 0`,
+		`spoa_health_checks_total 1`)
+	if strings.Contains(text, "12345") || strings.Contains(text, `code="0"`) {
+		t.Error("want faults of SPOP's codes alone")
+	}
+}
+
+// All that the process says of real connections, and no peer's words in it.
+func TestMetricsOfConnections(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	addr := serveConfig(t, log.NewNopLogger(), m, "-metrics", "127.0.0.1:0")
+	if err := spoa.Check(t.Context(), "tcp", addr); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	c, err := spoa.Dial(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	hello(t, addr, "pipelining", "engine-of-mine")
+	for i := range 3 {
+		name := message
+		if i == 2 {
+			name = "invented"
+		}
+		if _, err := c.Notify(t.Context(), spoa.NewMessage(name, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("192.0.2.77"))})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the health check to end", func() bool { return value(m.checks) == 1 })
+	eventually(t, "all accepted", func() bool { return value(m.opened) == 4 })
+	text := m.get(t, "/metrics")
+	wantLines(t, text,
+		`spoa_connections{state="hello"} 1`,
+		`spoa_connections{state="idle"} 2`,
+		`spoa_connections{state="busy"} 0`,
+		`spoa_connections_opened_total 4`,
+		`spoa_health_checks_total 1`,
+		`spoa_messages_total{message="check-client-ip",outcome="ok"} 2`,
+		`spoa_messages_total{message="other",outcome="no_handler"} 1`,
+		`spoa_verdicts_total{list="",verdict="random"} 2`)
+	for _, never := range []string{"127.0.0.1", "192.0.2.77", "engine-of-mine", "invented"} {
+		if strings.Contains(text, never) {
+			t.Errorf("want nothing of peers, have %q", never)
+		}
+	}
+}
+
+// Lists may share a name, or be both kinds.
+func TestMetricsOfLists(t *testing.T) {
+	a, b := filepath.Join(t.TempDir(), "drop.txt"), filepath.Join(t.TempDir(), "drop.netset")
+	writeFile(t, a, "192.0.2.1\n")
+	writeFile(t, b, strings.Repeat("192.0.2.2\n", 200)+"192.0.2.3\nbad\n")
+	l, err := newLists(log.NewNopLogger(), []listFile{{a, 0}, {b, 10}}, []string{a})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics(l, nil, message)
+	score := newScorer(l, m.judged)
+	for _, ip := range []string{"192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"} {
+		score(netip.MustParseAddr(ip), new(spoa.Actions))
+	}
+	writeFile(t, a, "bad\n")
+	if l.Reload() == nil {
+		t.Fatal("want a reload that fails")
+	}
+	text := m.get(t, "/metrics")
+	wantLines(t, text,
+		`spoa_verdicts_total{list="drop",verdict="listed"} 2`,
+		`spoa_verdicts_total{list="",verdict="unlisted"} 2`,
+		fmt.Sprintf(`spoa_list_entries{file="%s",kind="reputation",list="drop"} 1`, a),
+		fmt.Sprintf(`spoa_list_entries{file="%s",kind="reputation",list="drop"} 2`, b),
+		fmt.Sprintf(`spoa_list_entries{file="%s",kind="allow",list="drop"} 1`, a),
+		fmt.Sprintf(`spoa_list_bad_lines{file="%s",kind="reputation",list="drop"} 1`, b),
+		fmt.Sprintf(`spoa_list_reloads_total{file="%s",kind="reputation",list="drop",result="ok"} 1`, b),
+		fmt.Sprintf(`spoa_list_reloads_total{file="%s",kind="reputation",list="drop",result="failed"} 1`, a),
+		fmt.Sprintf(`spoa_list_reloads_total{file="%s",kind="allow",list="drop",result="failed"} 1`, a))
+	for _, re := range []string{`(?m)^spoa_list_age_seconds\{[^}]*\} [0-9.e-]+$`, `(?m)^spoa_list_loaded_timestamp_seconds\{[^}]*\} 1\.\d+e\+09$`} {
+		if n := len(regexp.MustCompile(re).FindAllString(text, -1)); n != 3 {
+			t.Errorf("want %s thrice, have %d", re, n)
+		}
+	}
+	wantCell(t, readPage(t, m.get(t, "/")), "list: drop", "file: "+b, "bad lines: 1", "entries: 2")
+}
+
+// The metrics' HTTP server
+
+func TestMetricsActor(t *testing.T) {
+	path := filepath.Join(shortTempDir(t), "m")
+	l, err := listen("unix:"+path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics(nil, nil, message)
+	drained := make(chan struct{})
+	execute, interrupt := m.actor(l, drained)
+	ended := make(chan error, 1)
+	go func() { ended <- execute() }()
+	c := unixClient(path)
+	if have := fetch(t, c, "/readyz"); have != "200 ready\n" {
+		t.Errorf("want ready, have %q", have)
+	}
+	interrupt(nil) // returns though the drain goes on
+	if have := fetch(t, c, "/readyz"); have != "503 draining\n" {
+		t.Errorf("want draining, have %q", have)
+	}
+	if have := fetch(t, c, "/metrics"); !strings.HasPrefix(have, "200 ") {
+		t.Errorf("want metrics to the end, have %q", have)
+	}
+	if have := fetch(t, c, "/nosuch"); !strings.HasPrefix(have, "404 ") {
+		t.Errorf("want nothing else, have %q", have)
+	}
+	close(drained)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMetricsActorFails(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	drained := make(chan struct{})
+	close(drained)
+	execute, interrupt := newMetrics(nil, nil).actor(l, drained)
+	if err := execute(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("want the listener's error, have %v", err)
+	}
+	interrupt(nil)
+}
+
+// The page
+
+// readPage parses a page and returns each table row as "column: text" cells, and the rest as one such row.
+func readPage(t *testing.T, page string) (rows []string) {
+	t.Helper()
+	d := xml.NewDecoder(strings.NewReader(page))
+	d.Strict, d.AutoClose, d.Entity = false, xml.HTMLAutoClose, xml.HTMLEntity
+	var row, open []string
+	label, text := "", ""
+	for {
+		tok, err := d.Token()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatalf("want HTML, have %v in\n%s", err, page)
+		}
+		switch tok := tok.(type) {
+		case xml.StartElement:
+			open = append(open, tok.Name.Local)
+			switch tok.Name.Local {
+			case "script", "img", "iframe", "object", "form":
+				t.Errorf("want no <%s>", tok.Name.Local)
+			case "td":
+				label, text = "", ""
+			}
+			for _, a := range tok.Attr {
+				switch {
+				case a.Name.Local == "data-label":
+					label = a.Value
+				case strings.HasPrefix(a.Name.Local, "on"), a.Name.Local == "src":
+					t.Errorf("want no attribute %s", a.Name.Local)
+				}
+			}
+		case xml.CharData:
+			text += string(tok)
+		case xml.EndElement:
+			open = open[:len(open)-1]
+			switch tok.Name.Local {
+			case "td":
+				row = append(row, label+": "+text)
+			case "tr":
+				if len(row) > 0 {
+					rows = append(rows, strings.Join(row, "\n")+"\n")
+				}
+				row, text = nil, ""
+			case "dt", "dd", "p", "h1":
+				rows = append(rows, strings.TrimSpace(text)+"\n")
+				text = ""
+			}
+		}
+	}
+	if len(open) > 0 {
+		t.Errorf("want all closed, have %v", open)
+	}
+	return rows
+}
+
+// wantCell expects one row with all these cells.
+func wantCell(t *testing.T, rows []string, cells ...string) {
+	t.Helper()
+rows:
+	for _, row := range rows {
+		for _, cell := range cells {
+			if !strings.Contains("\n"+row, "\n"+cell+"\n") {
+				continue rows
+			}
+		}
+		return
+	}
+	t.Errorf("want a row with %q in %q", cells, rows)
+}
+
+func TestPage(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	addr := serveConfig(t, log.NewNopLogger(), m, "-metrics", "127.0.0.1:0")
+	evil := `"><script>alert('1')</script><img src=x onerror=alert(2)>`
+	evilConn, _ := hello(t, addr, "pipelining", evil)
+	longConn, _ := hello(t, addr, "", "\u202e"+strings.Repeat("long", 500))
+	nc, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	eventually(t, "all accepted", func() bool { return value(m.opened) == 3 })
+	for i := range 1234 {
+		m.handled(message, time.Duration(i)*time.Microsecond, nil)
+	}
+	m.sample()
+	m.handled(message, time.Hour, errors.New("x"))
+	m.handled(message, 0, spoa.ErrOverload)
+	m.sample()
+	m.connClosed(spoa.Peer{}, &spoa.DisconnectError{Status: spoa.StatusInvalidFrame})
+
+	page := m.get(t, "/?refresh=7")
+	rows := readPage(t, page)
+	wantCell(t, rows, "peer: "+evilConn.LocalAddr().String(), "engine-id: "+evil, "state: idle", "capabilities: pipelining", "in flight: 0",
+		"notifies: 0", "frame size: 16380")
+	wantCell(t, rows, "peer: "+longConn.LocalAddr().String(), "engine-id: \ufffd"+strings.Repeat("long", 500)[:63]+"…")
+	wantCell(t, rows, "peer: "+nc.LocalAddr().String(), "state: hello", "engine-id: ")
+	wantCell(t, rows, "name: "+message, "per second: 2", "most: 1\u202f234", "total: 1\u202f236", "failed: 2", "median: ≤ 1 ms",
+		"99 %: ≤ 2.5 ms", "of these: error 1, overload 1")
+	wantCell(t, rows, "fault: invalid frame received", "code: 4", "told by: agent", "connections: 1")
+	wantCell(t, rows, "None: scores are random, 0 so far.")
+	if strings.Contains(page, "<script") || !strings.Contains(page, `http-equiv="refresh" content="7"`) || strings.Contains(m.get(t, "/"), "http-equiv") {
+		t.Error("want no script, and a refresh when asked for")
+	}
+	w := httptest.NewRecorder()
+	m.handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	if csp := w.Header().Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'none'") || strings.Contains(csp, "script") {
+		t.Errorf("want scripts forbidden, have %q", csp)
+	}
+}
+
+func TestPageBounded(t *testing.T) {
+	m := newMetrics(nil, nil, message)
+	m.conns = func() []spoa.ConnInfo {
+		all := make([]spoa.ConnInfo, pageConns+42)
+		for i := range all {
+			all[i].Addr, all[i].InFlight = &net.UnixAddr{Net: "unix"}, 1
+		}
+		return all
+	}
+	m.draining.Store(true)
+	rows := readPage(t, m.get(t, "/"))
+	n := 0
+	for _, row := range rows {
+		if strings.Contains(row, "peer: unix\n") {
+			n++
+		}
+	}
+	if n != pageConns {
+		t.Errorf("want %d connections, have %d", pageConns, n)
+	}
+	wantCell(t, rows, "And 42 more.")
+	wantCell(t, rows, "542")
+	wantCell(t, rows, "spoa draining")
+}
+
+func TestFormats(t *testing.T) {
+	for want, have := range map[string]string{
+		"0": number(0), "999": number(999), "1\u202f000": number(1000), "12\u202f345\u202f678": number(12345678),
+		"0s": short(-1), "59s": short(59 * time.Second), "1m1s": short(61 * time.Second), "3h2m": short(3*time.Hour + 2*time.Minute), "2d1h": short(49 * time.Hour),
+		"1.5 µs": seconds(1.5e-6), "12.3 ms": seconds(0.0123), "2 s": seconds(2),
+	} {
+		if want != have {
+			t.Errorf("want %q, have %q", want, have)
+		}
+	}
+}

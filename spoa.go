@@ -407,6 +407,7 @@ type conn struct {
 	armed      time.Duration // when the read deadline is; 0: none
 	began      time.Duration // when the frame that is being read began; 0: none is
 	last       time.Duration // when the last byte came
+	used       bool          // something has come since it was shrunk
 	part       parting
 
 	// Guarded by mu.
@@ -1016,7 +1017,7 @@ func (rd *reader) fill() error {
 				rd.grow(2 * len(rd.buf))
 			}
 			rd.arrived = c.workers.clock()
-			rd.began, c.last = rd.arrived, rd.arrived
+			rd.began, c.last, c.used = rd.arrived, rd.arrived, true
 			return nil
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1039,15 +1040,11 @@ func (rd *reader) grow(size int) {
 func (rd *reader) arm() error {
 	c := rd.conn
 	a := c.agent
-	if c.agreed && c.began == 0 && a.idleTimeout == 0 && a.rotation == 0 && c.armed == 0 &&
-		len(rd.buf) == minBuffer && a.phase.Load() == serving {
-		return nil
-	}
 	now := c.workers.clock()
 	phase := a.phase.Load()
 	next, err := rd.due(now, phase)
 	if err != nil || c.armed > now && (next == 0 || c.armed <= next) && phase == serving {
-		return err
+		return err // the deadline is moved once it is over, not with each frame
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -1114,20 +1111,36 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 		at(now + a.idleTimeout)
 	}
-	if len(rd.buf) > minBuffer && at(c.last+shrinkIn) {
-		if rd.w <= minBuffer {
-			b := make([]byte, minBuffer)
-			copy(b, rd.buf[:rd.w])
-			rd.buf, rd.out = b, nil
-			rd.job.msgs, rd.job.args = nil, nil
-			c.mu.Lock()
-			c.spare = nil
-			c.mu.Unlock()
+	if c.used && at(c.last+shrinkIn) {
+		if answered && rd.w <= minBuffer {
+			rd.shrink()
 		} else {
 			at(now + shrinkIn)
 		}
 	}
 	return next, nil
+}
+
+// shrink lets go of the memory that an idle connection can do without.
+func (rd *reader) shrink() {
+	c := rd.conn
+	c.used = false
+	if len(rd.buf) > minBuffer {
+		b := make([]byte, minBuffer)
+		copy(b, rd.buf[:rd.w])
+		rd.buf = b
+	}
+	rd.out, rd.job.buf, rd.job.actions.buf = nil, nil, nil
+	rd.job.msgs, rd.job.args = nil, nil
+	if !c.fragment.open {
+		c.fragment.buf = nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.spare = nil
+	if len(c.out) == 0 {
+		c.out = nil
+	}
 }
 
 // parting is how a drain closes a connection that is never quiet. HAProxy up to

@@ -10,6 +10,7 @@ import (
 	"net"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -704,5 +705,51 @@ func TestHandOver(t *testing.T) {
 			}
 		}
 		p.wantNone()
+	})
+}
+
+// An idle connection gives back what a burst has had it grow: however that was
+// answered, and whichever of its buffers it was.
+func TestIdleShrinks(t *testing.T) {
+	large := func(_ context.Context, m *Message, a *Actions) error {
+		v, _ := m.Lookup("s")
+		a.SetVar(ScopeTxn, "x", v)
+		return nil
+	}
+	opts := []Option{WithHandlerFunc("large", large), WithFragmentation(60000)}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		c := b.sole()
+		args := []Arg{{"s", String(strings.Repeat("x", 3000))}}
+		for i := range 200 {
+			args = append(args, Arg{"n" + strconv.Itoa(i), Int64(1)})
+		}
+		body := appendMessage(nil, NewMessage("large", append(args, args[0])...))
+		go func() {
+			for id := range uint64(20) {
+				p.send(notifyOf(1, id, NewMessage("place"), NewMessage("large", args...)))
+				p.send(finishFrame(append(beginFrame(nil, frameNotify, 0, 2, id), body[:3000]...), 0))
+				p.send(finishFrame(append(beginFrame(nil, frameUnset, flagFIN, 2, id), body[3000:]...), 0))
+			}
+		}()
+		for range 40 {
+			<-p.answers
+		}
+		half := notifyOf(3, 3, echoed("x"))
+		p.send(half[:5]) // also if it waits for the rest of a frame
+		time.Sleep(3 * shrinkIn)
+		synctest.Wait()
+		rd := c.rd
+		for name, have := range map[string]int{
+			"read":      cap(rd.buf) - minBuffer,
+			"answers":   cap(rd.out) + cap(c.out) + cap(c.spare),
+			"fragments": cap(c.fragment.buf),
+			"job":       cap(rd.job.buf) + cap(rd.job.actions.buf) + cap(rd.job.args) + cap(rd.job.msgs),
+		} {
+			if have > 0 {
+				t.Errorf("want nothing kept of what was grown, have %d of %s", have, name)
+			}
+		}
+		p.send(half[5:])
+		p.want(3, 3, "")
 	})
 }

@@ -429,8 +429,8 @@ func command(socket, command string) (string, error) {
 	return string(b), err
 }
 
-// server returns what `show stat` says of the agent's server: its status (UP, DOWN) and its last check (L7OK).
-func (h *haproxy) server(t *testing.T) (status, check string) {
+// server returns what `show stat` says of a server of the agents: its status (UP, DOWN) and its last check (L7OK).
+func (h *haproxy) server(t *testing.T, name string) (status, check string) {
 	t.Helper()
 	out, err := command(h.stats, "show stat iprep-backend 4 -1")
 	if err != nil {
@@ -442,7 +442,7 @@ func (h *haproxy) server(t *testing.T) (status, check string) {
 	}
 	column := func(row []string, name string) string { return row[slices.Index(rows[0], name)] }
 	for _, row := range rows[1:] {
-		if column(row, "svname") == "iprep-server" {
+		if column(row, "svname") == name {
 			status, _, _ = strings.Cut(column(row, "status"), " ")        // UP 1/2 while it goes down
 			check = strings.TrimPrefix(column(row, "check_status"), "* ") // a check is under way
 		}
@@ -453,8 +453,14 @@ func (h *haproxy) server(t *testing.T) (status, check string) {
 // awaitServer waits for a status and check result of the agent's server; an empty one may be anything.
 func (h *haproxy) awaitServer(t *testing.T, status, check string) {
 	t.Helper()
-	eventually(t, "server "+status+" "+check, func() bool {
-		s, c := h.server(t)
+	h.awaitServerNamed(t, "iprep-server", status, check)
+}
+
+// awaitServerNamed is awaitServer for one of several.
+func (h *haproxy) awaitServerNamed(t *testing.T, name, status, check string) {
+	t.Helper()
+	eventually(t, name+" "+status+" "+check, func() bool {
+		s, c := h.server(t, name)
 		return cmp.Or(status, s) == s && cmp.Or(check, c) == c
 	})
 }

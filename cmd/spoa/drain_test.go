@@ -1,0 +1,111 @@
+//go:build unix
+
+package main
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// twoAgents is the text of haproxy.cfg with a second server before the first.
+func twoAgents(second string) []string {
+	const first = "    server iprep-server"
+	return []string{first, "    server second " + second + " check inter 200ms fall 2 rise 1\n" + first}
+}
+
+// checkNoError expects that HAProxy has logged no SPOE error and that each answer has a score.
+func (h *haproxy) checkNoError(t *testing.T, got tally) {
+	t.Helper()
+	got.check(t)
+	if n := h.spoeLog.counts(); len(n) > 0 {
+		t.Errorf("%d requests; SPOE log has errors, by status: %v", got.requests, n)
+	}
+}
+
+// Two agents that are restarted in turn, again and again, cost nothing.
+func TestE2ERollingRestart(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		const clients, restarts = 20, 10
+		names := [2]string{"iprep-server", "second"}
+		var agents [2]*agentProcess
+		for i := range agents {
+			agents[i] = startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", "10s")
+		}
+		h := startHAProxy(t, bin, setup{
+			agent: agents[0].addr,
+			cfg:   twoAgents(agents[1].addr),
+			spoe:  []string{"processing 10s", "processing 3s"}, // how long one that is lost waits
+		})
+		for _, name := range names {
+			h.awaitServerNamed(t, name, "UP", "L7OK")
+		}
+		l := startLoad(t, h.url, clients)
+		var took []string
+		for i := range restarts {
+			l.more(t, 200)
+			k := i % 2
+			begin := time.Now()
+			agents[k].shutdown(t)
+			took = append(took, fmt.Sprintf("%.1f", time.Since(begin).Seconds()))
+			// Restarted before HAProxy has looked again, it would still seem to be down.
+			h.awaitServerNamed(t, names[k], "DOWN", "")
+			agents[k] = startAgent(t, agents[k].addr, "-drain", "10s")
+			h.awaitServerNamed(t, names[k], "UP", "L7OK")
+		}
+		h.checkNoError(t, l.stop())
+		t.Logf("%d requests; seconds of the drains: %s", l.total.requests, strings.Join(took, " "))
+	})
+}
+
+// An agent whose connections are idle ends soon, and HAProxy opens new ones when it needs them.
+func TestE2EDrainIdle(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		const drain = 60 * time.Second // longer than stop waits
+		agents := [2]*agentProcess{
+			startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", drain.String()),
+			startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", drain.String()),
+		}
+		h := startHAProxy(t, bin, setup{agent: agents[0].addr, cfg: twoAgents(agents[1].addr)})
+		h.awaitServerNamed(t, "iprep-server", "UP", "L7OK")
+		h.awaitServerNamed(t, "second", "UP", "L7OK")
+		got := ask(t, h.url, 100)
+		agents[0].shutdown(t)
+		got.add(ask(t, h.url, 100))
+		h.checkNoError(t, got)
+	})
+}
+
+// Under load, with handlers that wait, the time for a drain is kept and a second signal ends it at once.
+func TestE2EDrainEnds(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		for _, test := range []struct {
+			name    string
+			drain   string
+			signals int
+		}{
+			{"time over", "500ms", 1},
+			{"second signal", "60s", 2},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				agent := startAgent(t, "127.0.0.1:0", "-t", "30s", "-n", "100", "-drain", test.drain, "-d")
+				h := startHAProxy(t, bin, setup{agent: agent.addr, mayLose: true, spoe: []string{"processing 10s", "processing 2s"}})
+				h.awaitServer(t, "UP", "L7OK")
+				l := startLoad(t, h.url, 5)
+				agent.await(t, `msg=received\b.*NOTIFY`)
+				for range test.signals - 1 {
+					if err := agent.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+						t.Fatal(err)
+					}
+					agent.await(t, `msg=sent\b.*AGENT-DISCONNECT`) // a health check refused
+				}
+				agent.shutdown(t)
+				// Without an answer there is no score, and the request passes.
+				got := l.stop()
+				got.checkAnswered(t)
+			})
+		}
+	})
+}

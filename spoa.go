@@ -460,6 +460,9 @@ func (c *conn) ack(j *job, actions, fault []byte) {
 			b := appendAck(nil, flagFIN, j.stream, j.id, append(actions[:len(actions):len(actions)], fault...))
 			go c.agent.forward(c, b)
 		}
+		if c.pending == 0 {
+			c.cancel() // nobody needs the context any more
+		}
 		return
 	}
 	start := len(c.out)
@@ -1244,12 +1247,13 @@ func (c *conn) end(rd *reader, why error) {
 	case answers:
 		c.lose(c.out)
 	}
+	left := c.pending
 	c.mu.Unlock()
 
 	if last != nil {
 		c.send(last)
 	}
-	if !async || len(c.agent.siblings(c)) == 0 {
+	if !async || left == 0 || len(c.agent.siblings(c)) == 0 {
 		c.cancel()
 	}
 	if answers && (say || why == errChecked) {
@@ -1271,9 +1275,11 @@ func linger(nc net.Conn) {
 
 // ended tells why the connection ended.
 func (c *conn) ended(why error) {
+	c.mu.Lock()
 	if c.werr != nil {
 		why = c.werr
 	}
+	c.mu.Unlock()
 	var d *DisconnectError
 	switch {
 	case errors.As(why, &d):

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -31,7 +32,10 @@ func newBed(t testing.TB, l net.Listener, opts ...Option) *bed {
 	b := &bed{Agent: New(opts...), t: t}
 	b.dial = func() net.Conn {
 		if mem, ok := l.(*memListener); ok {
-			return mem.raw(t)
+			client, server := net.Pipe()
+			mem.offer(t, resets{server})
+			t.Cleanup(func() { client.Close() })
+			return client
 		}
 		nc, err := net.Dial(l.Addr().Network(), l.Addr().String())
 		if err != nil {
@@ -49,6 +53,17 @@ func newBed(t testing.TB, l net.Listener, opts ...Option) *bed {
 		}
 	})
 	return b
+}
+
+// resets is a net.Conn whose peer resets it when it closes its end.
+type resets struct{ net.Conn }
+
+func (c resets) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err == io.EOF {
+		err = syscall.ECONNRESET
+	}
+	return n, err
 }
 
 // bubble runs f with an agent and its peers in a synctest bubble.
@@ -619,25 +634,22 @@ func TestWorkersFair(t *testing.T) {
 
 // What a closed connection has left in its buffer is not begun any more.
 func TestWorkersClosed(t *testing.T) {
-	var calls atomic.Int32
-	opts := []Option{WithPipelining(2), WithHandlerFunc("wait", func(ctx context.Context, _ *Message, _ *Actions) error {
-		calls.Add(1)
-		<-ctx.Done()
-		return nil
-	})}
-	bubble(t, opts, func(t *testing.T, b *bed) {
+	g := new(gates)
+	bubble(t, []Option{WithPipelining(2), WithHandlerFunc("wait", g.wait)}, func(t *testing.T, b *bed) {
+		*g = *newGates()
 		p := b.peer()
-		c := b.sole()
-		c.pace.left = 100
+		b.sole().pace.left = 100
 		var frames [][]byte
 		for id := range uint64(50) {
-			frames = append(frames, notifyOf(1, id, waiting("")))
+			frames = append(frames, notifyOf(1, id, waiting("x")))
 		}
 		p.send(frames...)
 		synctest.Wait()
 		b.Close()
 		synctest.Wait()
-		if want, have := int32(2), calls.Load(); want != have {
+		close(g.gate("x"))
+		synctest.Wait()
+		if want, have := 2, len(g.in); want != have {
 			t.Errorf("want %d calls, have %d", want, have)
 		}
 	})
@@ -751,5 +763,73 @@ func TestIdleShrinks(t *testing.T) {
 		}
 		p.send(half[5:])
 		p.want(3, 3, "")
+	})
+}
+
+// The context of a handler ends with its connection, and with the agent.
+func TestHandlerContextCancelled(t *testing.T) {
+	for what, gone := range map[string]func(b *bed, p *peer){
+		"reset": func(_ *bed, p *peer) { p.nc.Close() },
+		"Close": func(b *bed, _ *peer) { b.Close() },
+	} {
+		for limit, opts := range map[string][]Option{"without": nil, "with": {WithHandlerTimeout(time.Hour)}} {
+			t.Run(what+"/"+limit+" a timeout", func(t *testing.T) {
+				var ended atomic.Int32
+				opts = append(opts, WithHandlerFunc("hang", func(ctx context.Context, _ *Message, a *Actions) error {
+					if err := ctx.Err(); err != nil {
+						t.Errorf("want no error yet, have %v", err)
+					}
+					child, cancel := context.WithCancel(ctx)
+					defer cancel()
+					<-ctx.Done()
+					<-child.Done()
+					if want, have := context.Canceled, ctx.Err(); want != have {
+						t.Errorf("want %v, have %v", want, have)
+					}
+					ended.Add(1)
+					return nil
+				}))
+				everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+					ended.Store(0)
+					p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("hang")), notifyOf(1, 2, NewMessage("hang")))
+					time.Sleep(time.Second)
+					if want, have := int32(0), ended.Load(); want != have {
+						t.Errorf("want %d handlers that returned, have %d", want, have)
+					}
+					gone(b, p)
+					synctest.Wait()
+					if want, have := int32(2), ended.Load(); want != have {
+						t.Errorf("want %d handlers that returned, have %d", want, have)
+					}
+					<-p.answers // closed
+					p.answers = nil
+				})
+			})
+		}
+	}
+}
+
+// The context of an async connection that was reset lasts as long as handlers
+// whose answers leave by a sibling, and no longer.
+func TestHandlerContextAsync(t *testing.T) {
+	opts := []Option{WithAsync()}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+		first := b.sole()
+		second := b.peer()
+		p.send(notifyOf(1, 1, NewMessage("place"), waiting("x")))
+		<-g.in
+		p.nc.Close()
+		time.Sleep(time.Minute)
+		if err := first.ctx.Err(); err != nil {
+			t.Errorf("want a context that lasts, have %v", err)
+		}
+		close(g.gate("x"))
+		second.want(1, 1, sets("wait", "x"))
+		synctest.Wait()
+		if want, have := context.Canceled, first.ctx.Err(); want != have {
+			t.Errorf("want %v, have %v", want, have)
+		}
+		<-p.answers
+		p.answers = second.answers
 	})
 }

@@ -406,7 +406,7 @@ type conn struct {
 	window     int
 	armed      time.Duration // when the read deadline is; 0: none
 	began      time.Duration // when the frame that is being read began; 0: none is
-	last       time.Duration // when the last byte came
+	last       time.Duration // when what came last had been dealt with
 	used       bool          // something has come since it was shrunk
 	part       parting
 
@@ -714,6 +714,7 @@ func (rd *reader) next() (bool, error) {
 		return false, fault(StatusInvalidFrame, "malformed ids")
 	}
 	rd.r += end
+	rd.conn.began = 0
 	rd.conn.debug("received", b[:end])
 	return true, nil
 }
@@ -825,7 +826,6 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 	if c.notifies.Add(1) == 1 {
 		c.agent.notified.Store(true)
 	}
-	c.last = rd.arrived
 	f := &rd.frame
 	inline := c.pace.inline() && rd.allowed()
 	j := rd.job
@@ -1004,10 +1004,10 @@ func (rd *reader) fill() error {
 			rd.grow(min(2*len(rd.buf), limit))
 		}
 	}
-	if rd.w == 0 {
-		c.began = 0
-	} else if c.began == 0 {
-		c.began = rd.arrived
+	// Time counts against the peer only while somebody reads.
+	c.last = c.workers.clock()
+	if rd.w > 0 && c.began == 0 {
+		c.began = c.last
 	}
 	for {
 		if err := rd.arm(); err != nil {
@@ -1020,7 +1020,7 @@ func (rd *reader) fill() error {
 				rd.grow(2 * len(rd.buf))
 			}
 			rd.arrived = c.workers.clock()
-			rd.began, c.last, c.used = rd.arrived, rd.arrived, true
+			rd.began, c.used = rd.arrived, true
 			return nil
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {

@@ -213,7 +213,7 @@ type haproxy struct {
 }
 
 func newHAProxy(t testing.TB, nc net.Conn) *haproxy {
-	h := &haproxy{t: t, nc: nc, frames: make(chan frame, 10000)}
+	h := &haproxy{t: t, nc: nc, frames: make(chan frame, 1000)}
 	go func() {
 		defer close(h.frames)
 		h.err = eachFrame(nc, func(f frame) { h.frames <- f })
@@ -335,6 +335,21 @@ func (h *haproxy) helloAs(offer hello) (agreed hello) {
 		h.t.Fatalf("want AGENT-HELLO with FIN and ids 0, have %s", inWordsFrame(f))
 	}
 	return agreed
+}
+
+// rawHello exchanges HELLOs and reads not a byte more.
+func rawHello(t testing.TB, nc net.Conn) {
+	t.Helper()
+	if _, err := io.WriteString(nc, helloFrame(offered)); err != nil {
+		t.Fatal(err)
+	}
+	var size [lengthSize]byte
+	if _, err := io.ReadFull(nc, size[:]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.CopyN(io.Discard, nc, int64(binary.BigEndian.Uint32(size[:]))); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // wantAnswers has the agent answer a NOTIFY.
@@ -1312,48 +1327,116 @@ func TestNotifyRefusedByAgent(t *testing.T) {
 	}
 }
 
-// An ACK fills the negotiated frame to the last byte, and no further.
-func TestAckSize(t *testing.T) {
-	const size = 256
-	for _, stream := range []uint64{0, math.MaxUint64} {
-		for _, fault := range []bool{false, true} {
-			errs := make(chan error, 1)
-			opts := []Option{
-				WithHandlerFunc("fill", func(_ context.Context, m *Message, a *Actions) error {
-					n, _ := m.Arg(0).Value.Int()
-					a.SetVar(ScopeSess, "v", String(strings.Repeat("x", int(n))))
-					errs <- a.Err()
-					return nil
-				}),
+// hooked tells of connections that end.
+func hooked() (Option, chan error) {
+	c := make(chan error, 10000)
+	return WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { c <- err }}), c
+}
+
+func TestTimeouts(t *testing.T) {
+	const timeout = 3 * time.Second
+	for _, tt := range []struct {
+		name string
+		opt  Option
+		say  func(h *haproxy)
+		want time.Duration
+	}{
+		{"nothing", WithHelloTimeout(timeout), func(h *haproxy) {}, timeout},
+		{"half a HELLO", WithHelloTimeout(timeout), func(h *haproxy) { h.send(helloFrame(offered)[:20]) }, timeout},
+		{"a byte a second", WithHelloTimeout(timeout), func(h *haproxy) {
+			for i := range 3 {
+				h.send(helloFrame(offered)[i : i+1])
+				<-time.After(timeout * 3 / 10)
 			}
-			if fault {
-				opts = append(opts, WithFaultVar(ScopeTxn, strings.Repeat("f", 63)))
+		}, timeout},
+		{"half a NOTIFY", WithHelloTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			<-time.After(time.Hour)
+			h.send(notifyFrame(1, 1)[:13])
+		}, time.Hour + timeout},
+		{"a byte of NOTIFY a second", WithHelloTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			for i := range 3 {
+				h.send(notifyFrame(1, 1)[i : i+1])
+				<-time.After(timeout * 3 / 10)
 			}
-			_, ln := startMem(t, opts...)
-			h := ln.dial(t)
-			offer := offered
-			offer.frameSize = size
-			h.helloAs(offer)
-			largest := 0
-			for n := 100; n < size; n++ {
-				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, &Message{name: "fill", args: []Arg{{"", Int64(int64(n))}}}))))
-				f := h.want(frameAck)
-				err := receive(t, "a call", errs)
-				length := 5 + varintLen(stream) + varintLen(f.id) + len(f.payload)
-				if length > size {
-					t.Fatalf("%d bytes of value: want an ACK of at most %d, have %d", n, size, length)
+		}, timeout},
+		{"half a NOTIFY behind one", WithHelloTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			h.send(notifyFrame(1, 1), notifyFrame(1, 1)[:13])
+			h.wantAck(1, 1)
+		}, timeout},
+		{"idle", WithIdleTimeout(timeout), func(h *haproxy) { h.hello() }, timeout},
+		{"idle after a NOTIFY", WithIdleTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			for range 10 {
+				<-time.After(timeout - 1)
+				h.wantAnswers()
+			}
+		}, 11*timeout - 10},
+		{"idle within a frame", WithIdleTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			<-time.After(timeout - 1)
+			h.send(notifyFrame(1, 1)[:10])
+			<-time.After(timeout - 1)
+			h.send(notifyFrame(1, 1)[10:])
+			h.wantAck(1, 1)
+		}, 3*timeout - 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				hooks, closed := hooked()
+				_, ln := startMem(t, withNumbered(), tt.opt, hooks)
+				<-time.After(1) // the agent's clock takes 0 for never
+				start := time.Now()
+				h := ln.dial(t)
+				tt.say(h)
+				h.wantEnd(StatusTimeout)
+				wantTook(t, "the end", start, tt.want, tt.want)
+				var d *DisconnectError
+				if err := <-closed; !errors.As(err, &d) || d.Status != StatusTimeout || d.Remote {
+					t.Errorf("want %v, have %v", StatusTimeout, err)
 				}
-				if err == nil {
-					largest = max(largest, length)
-				}
-			}
-			want := size
-			if fault {
-				want -= len("\x01\x03\x02\x3f") + 63 + len("\x08\x08overload")
-			}
-			if want != largest {
-				t.Errorf("stream %d, fault variable %v: want the largest ACK of %d bytes, have %d", stream, fault, want, largest)
-			}
-		}
+			})
+		})
 	}
+}
+
+// The time for a frame begins with that frame, though every read ends within
+// one.
+func TestFrameTimeoutBeginsAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, ln := startMem(t, withNumbered(), WithHelloTimeout(3*time.Second))
+		h := ln.dial(t)
+		h.hello()
+		const half = 13
+		h.send(notifyFrame(0, 0)[:half])
+		for id := range uint64(20) {
+			<-time.After(time.Second)
+			h.send(notifyFrame(0, id)[half:], notifyFrame(0, id+1)[:half])
+			h.wantAck(0, id)
+		}
+	})
+}
+
+// The peer isn't blamed for what the agent was too busy to read.
+func TestTimeoutsWhileNotReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		_, ln := startMem(t, WithHandler("number", g), WithPipelining(2), WithHelloTimeout(time.Second), WithIdleTimeout(2*time.Second))
+		h := ln.dial(t)
+		h.hello()
+		h.send(notifyFrame(1, 1), notifyFrame(1, 1), notifyFrame(1, 1), notifyFrame(2, 2)[:13])
+		g.wait(t, 2)
+		<-time.After(time.Minute)
+		close(g.open)
+		for range 3 {
+			h.wantAck(1, 1)
+		}
+		<-time.After(900 * time.Millisecond)
+		h.send(notifyFrame(2, 2)[13:])
+		h.wantAck(2, 2)
+		<-time.After(1900 * time.Millisecond)
+		h.wantAnswers()
+	})
 }

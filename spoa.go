@@ -1115,7 +1115,7 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		at(now + a.idleTimeout)
 	}
 	if c.used && at(c.last+shrinkIn) {
-		if answered && rd.w <= minBuffer {
+		if answered && rd.w < minBuffer { // else nothing more could be read
 			rd.shrink()
 		} else {
 			at(now + shrinkIn)

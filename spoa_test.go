@@ -1440,3 +1440,22 @@ func TestTimeoutsWhileNotReading(t *testing.T) {
 		h.wantAnswers()
 	})
 }
+
+// A connection gives its buffer back when it has been quiet for a moment, also
+// while it holds the beginning of a frame.
+func TestShrinks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, ln := startMem(t, withNumbered())
+		for held := minBuffer - 2; held <= minBuffer+2; held++ {
+			h := ln.dial(t)
+			h.hello()
+			wire := notifySized(16000)
+			h.send(wire)
+			h.wantAck(1, 2)
+			h.send(wire[:held])
+			<-time.After(3 * time.Second)
+			h.send(wire[held:])
+			h.wantAck(1, 2)
+		}
+	})
+}

@@ -827,14 +827,14 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 		c.agent.notified.Store(true)
 	}
 	f := &rd.frame
+	if rd.calls == 0 && !rd.room() { // else there was room, and nothing has gone to workers
+		return net.ErrClosed
+	}
 	inline := c.pace.inline() && rd.allowed()
 	j := rd.job
 	if !inline {
 		rd.endBatch()
 		rd.began = 0
-		if !rd.room() {
-			return net.ErrClosed
-		}
 		j = newJob(&c.lane)
 	}
 	switch {
@@ -983,6 +983,7 @@ func (rd *reader) room() bool {
 	if c.pending >= c.window && !c.gone {
 		c.mu.Unlock()
 		rd.pause()
+		rd.began = 0
 		c.mu.Lock()
 	}
 	for c.pending >= c.window && !c.gone {

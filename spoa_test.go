@@ -1459,3 +1459,42 @@ func TestShrinks(t *testing.T) {
 		}
 	})
 }
+
+// Handlers of a connection run in its window only, and then it is not read.
+func TestWindow(t *testing.T) {
+	for _, window := range []int{1, 2, 5} {
+		for _, before := range []int{0, stallRun + 1} {
+			t.Run(fmt.Sprintf("%d after %d", window, before), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					g := newGate()
+					a, ln := startMem(t, WithPipelining(window), withNumbered(), WithHandler("slow", g))
+					h := ln.dial(t)
+					h.hello()
+					for range before {
+						h.wantAnswers()
+					}
+					wire := strings.Repeat(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("slow")))), 1000)
+					written := make(chan error, 1)
+					go func() {
+						_, err := io.WriteString(h.nc, wire)
+						written <- err
+					}()
+					<-time.After(10 * time.Second)
+					if have := len(g.entered); have != window {
+						t.Errorf("want %d calls, have %d", window, have)
+					}
+					if have := a.Conns()[0].InFlight; have != window {
+						t.Errorf("want %d in flight, have %d", window, have)
+					}
+					if len(written) > 0 {
+						t.Error("want reading to stop, have all read")
+					}
+					close(g.open)
+					for range 1000 {
+						h.want(frameAck)
+					}
+				})
+			})
+		}
+	}
+}

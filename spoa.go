@@ -1223,21 +1223,21 @@ func (c *conn) end(rd *reader, why error) {
 
 	c.mu.Lock()
 	rd.merge()
-	if wait || say {
+	if wait {
 		defer time.AfterFunc(endGrace, c.giveUp).Stop()
 		if c.pending > 0 || !say {
 			c.held = false
 			c.write()
 		}
 	}
-	for !c.gone && (wait && c.pending > 0 || (wait || say) && c.writing || wait && !say && len(c.out) > 0) {
+	for wait && !c.gone && (c.pending > 0 || c.writing || !say && len(c.out) > 0) {
 		c.moved.Wait()
 	}
 	answers := !c.gone // the peer may still be there
 	async := c.async
 	var last []byte
 	switch {
-	case answers && (say || wait):
+	case answers && wait:
 		if say { // in one Write with the last answers, see parting
 			n := len(c.out)
 			last = appendDisconnect(c.out, frameAgentDisconnect, status, message)

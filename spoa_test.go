@@ -1327,10 +1327,220 @@ func TestNotifyRefusedByAgent(t *testing.T) {
 	}
 }
 
+// An ACK fills the negotiated frame to the last byte, and no further.
+func TestAckSize(t *testing.T) {
+	const size = 256
+	for _, stream := range []uint64{0, math.MaxUint64} {
+		for _, fault := range []bool{false, true} {
+			errs := make(chan error, 1)
+			opts := []Option{
+				WithHandlerFunc("fill", func(_ context.Context, m *Message, a *Actions) error {
+					n, _ := m.Arg(0).Value.Int()
+					a.SetVar(ScopeSess, "v", String(strings.Repeat("x", int(n))))
+					errs <- a.Err()
+					return nil
+				}),
+			}
+			if fault {
+				opts = append(opts, WithFaultVar(ScopeTxn, strings.Repeat("f", 63)))
+			}
+			_, ln := startMem(t, opts...)
+			h := ln.dial(t)
+			offer := offered
+			offer.frameSize = size
+			h.helloAs(offer)
+			largest := 0
+			for n := 100; n < size; n++ {
+				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, &Message{name: "fill", args: []Arg{{"", Int64(int64(n))}}}))))
+				f := h.want(frameAck)
+				err := receive(t, "a call", errs)
+				length := 5 + varintLen(stream) + varintLen(f.id) + len(f.payload)
+				if length > size {
+					t.Fatalf("%d bytes of value: want an ACK of at most %d, have %d", n, size, length)
+				}
+				if err == nil {
+					largest = max(largest, length)
+				}
+			}
+			want := size
+			if fault {
+				want -= len("\x01\x03\x02\x3f") + 63 + len("\x08\x08overload")
+			}
+			if want != largest {
+				t.Errorf("stream %d, fault variable %v: want the largest ACK of %d bytes, have %d", stream, fault, want, largest)
+			}
+		}
+	}
+}
+
+// half closes the writing half.
+func (h *haproxy) half() {
+	h.t.Helper()
+	if err := h.nc.(*net.TCPConn).CloseWrite(); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// A conversation may break off after any byte: what was said until then is
+// answered.
+func TestBreaksOff(t *testing.T) {
+	_, dial := startTCP(t, withNumbered())
+	healthy := newHAProxy(t, dial())
+	healthy.hello()
+	conversation := []string{helloFrame(offered), notifyFrame(1, 2), notifyFrame(3, 4), goodbye}
+	all := strings.Join(conversation, "")
+	for cut := range all {
+		h := newHAProxy(t, dial())
+		h.send(all[:cut])
+		h.half()
+		end := 0
+		for i, f := range conversation {
+			if end += len(f); cut < end {
+				break
+			}
+			switch i {
+			case 0:
+				h.want(frameAgentHello)
+			case 1:
+				h.wantAck(1, 2)
+			case 2:
+				h.wantAck(3, 4)
+			}
+		}
+		h.wantEOF()
+		healthy.wantAnswers()
+	}
+}
+
+// A frame may be cut short after any byte, with a length that says so.
+func TestCutFrames(t *testing.T) {
+	_, ln := startMem(t, withNumbered())
+	healthy := ln.dial(t)
+	healthy.hello()
+	message := string(appendMessage(nil, NewMessage("number", Arg{"a", Uint64(1 << 40)}, Arg{"", String("text")})))
+	for _, whole := range []string{rawFrame(frameHAProxyHello, flagFIN, 0, 0, helloPayload), rawFrame(frameNotify, flagFIN, 1<<40, 1<<50, message), goodbye} {
+		for n := range len(whole) - lengthSize {
+			wire := string(binary.BigEndian.AppendUint32(nil, uint32(n))) + whole[lengthSize:lengthSize+n]
+			h := ln.dial(t)
+			kind := whole[lengthSize]
+			if kind != frameHAProxyHello {
+				h.hello()
+			}
+			h.try(wire)
+			var f frame
+			s := slow{}
+			if f.parse([]byte(wire[lengthSize:])) {
+				s.b = f.payload
+			} else {
+				s.bad = true
+			}
+			switch {
+			case kind == frameNotify && !s.bad && len(s.messages()) >= 0 && !s.bad:
+				h.want(frameAck)
+			case kind == frameHAProxyDisconnect && n >= minFrameLen:
+				h.wantEnd(StatusNormal)
+			case kind == frameHAProxyHello && n >= minFrameLen:
+				f := h.want(frameAgentDisconnect)
+				if d := parseDisconnect(f.payload); d.Status < StatusInvalidFrame || d.Status > StatusNoCapabilities {
+					t.Errorf("%q: want status 4 to 7, have %v", wire, d)
+				}
+			default:
+				h.wantEnd(StatusInvalidFrame)
+			}
+			healthy.wantAnswers()
+		}
+	}
+}
+
+// Memory is taken for what has come, not for what is announced.
+func TestLengthTakesNoMemory(t *testing.T) {
+	_, ln := startMem(t, withNumbered(), WithMaxFrameSize(maxFrameSize), WithFragmentation(1<<30))
+	offer := offered
+	offer.frameSize = maxFrameSize
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range 20 {
+		h := ln.dial(t)
+		h.helloAs(offer)
+		h.send("\x0f\xff\xff\xff\x03\x00\x00\x00\x01\x01\x01\x06number\x01\x00\x08" + string(appendVarint(nil, 1<<27)) + strings.Repeat("x", 5000))
+		h = ln.dial(t)
+		h.helloAs(offer)
+		h.send(rawFrame(frameNotify, 0, 1, 1, "\x06number\x01\x00\x08"+string(appendVarint(nil, 1<<29))))
+		h.send(rawFrame(frameNotify, flagFIN, 2, 2, number))
+		h.wantAck(2, 2)
+		h = ln.dial(t)
+		h.try("\xff\xff\xff\xff\x03\x00\x00\x00\x01\x01\x01\x06number")
+		h.wantEnd(StatusFrameTooBig)
+	}
+	runtime.ReadMemStats(&after)
+	if taken := after.TotalAlloc - before.TotalAlloc; taken > 16<<20 {
+		t.Errorf("want less than 16 MiB taken, have %d bytes", taken)
+	}
+}
+
 // hooked tells of connections that end.
 func hooked() (Option, chan error) {
 	c := make(chan error, 10000)
 	return WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { c <- err }}), c
+}
+
+// A peer that doesn't read costs its own connection, and bounded memory.
+func TestPeerDoesNotRead(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		sleep time.Duration // of the handler
+		value int           // bytes that it answers with
+		most  int32         // calls
+	}{
+		{"quick", 0, 10, 10000},
+		{"slow", 5 * time.Millisecond, 10, 10000},
+		{"long answers", 0, 10000, 100},
+		{"slow, long answers", 5 * time.Millisecond, 10000, 100},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				hooks, closed := hooked()
+				var calls atomic.Int32
+				_, ln := startMem(t, withNumbered(), hooks, WithWriteTimeout(4*time.Second),
+					WithHandlerFunc("flood", func(ctx context.Context, _ *Message, a *Actions) error {
+						calls.Add(1)
+						if tt.sleep > 0 {
+							select {
+							case <-time.After(tt.sleep):
+							case <-ctx.Done():
+							}
+						}
+						a.SetVar(ScopeSess, "v", String(strings.Repeat("x", tt.value)))
+						return nil
+					}))
+				nc := ln.raw(t)
+				rawHello(t, nc)
+				start := time.Now()
+				go func() {
+					flood := strings.Repeat(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("flood")))), 100)
+					for {
+						if _, err := io.WriteString(nc, flood); err != nil {
+							return
+						}
+					}
+				}()
+				healthy := ln.dial(t)
+				healthy.hello()
+				for range 30 {
+					healthy.wantAnswers()
+					<-time.After(100 * time.Millisecond)
+				}
+				if err := <-closed; !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("want %v, have %v", os.ErrDeadlineExceeded, err)
+				}
+				wantTook(t, "closing", start, 4*time.Second, 6*time.Second)
+				if have := calls.Load(); have > tt.most {
+					t.Errorf("want at most %d calls, have %d", tt.most, have)
+				}
+				healthy.wantAnswers()
+			})
+		})
+	}
 }
 
 func TestTimeouts(t *testing.T) {
@@ -1496,5 +1706,22 @@ func TestWindow(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// Close while an answer is being written.
+func TestCloseWhileWriting(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGate()
+			a, ln := startMem(t, WithHandler("number", g))
+			nc := ln.raw(t)
+			rawHello(t, nc)
+			io.WriteString(nc, notifyFrame(1, 1)+notifyFrame(2, 2))
+			g.wait(t, 2)
+			close(g.open)
+			synctest.Wait()
+			a.Close()
+		})
 	}
 }

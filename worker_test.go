@@ -574,8 +574,8 @@ func TestPaceAfterSpread(t *testing.T) {
 			close(g.gate(s))
 		}
 		p.want(1, 1, sets("wait", "a"))
-		p.want(1, 3, sets("echo", "c")) // the window is for spread ones
 		p.want(1, 2, sets("wait", "b"))
+		p.want(1, 3, sets("echo", "c"))
 		synctest.Wait()
 		if c.pace.left != 0 || c.pace.slow {
 			t.Errorf("want the next calls inline, have %+v", c.pace)

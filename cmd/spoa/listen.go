@@ -34,7 +34,8 @@ func checkAddr(addr string) error {
 	return errors.New("want host:port or unix:/path")
 }
 
-// listeners opens what the configuration names: all or none.
+// listeners opens what the configuration names, besides what systemd has
+// passed: all or none.
 func (c *config) listeners(certs *certificates) (all []net.Listener, err error) {
 	defer func() {
 		if err != nil {
@@ -45,12 +46,9 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 	if err != nil {
 		return passed, err
 	}
+	all = passed
 	addrs := c.listen
-	switch {
-	case len(addrs) > 0:
-	case len(passed) > 0:
-		addrs = stringList{bySystemd}
-	default:
+	if len(addrs) == 0 && len(passed) == 0 {
 		// SPOP knows no authentication, so only this machine gets in.
 		addrs = stringList{net.JoinHostPort("127.0.0.1", strconv.FormatUint(uint64(c.port), 10))}
 	}
@@ -59,7 +57,6 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 			if len(passed) == 0 {
 				return all, errors.New("-listen systemd: it has passed no socket")
 			}
-			all, passed = append(all, passed...), nil
 			continue
 		}
 		l, err := listen(addr, os.FileMode(c.unixMode))
@@ -68,7 +65,6 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 		}
 		all = append(all, l)
 	}
-	closeAll(passed)
 	for i, l := range all {
 		if certs != nil && l.Addr().Network() == "tcp" {
 			all[i] = tls.NewListener(l, certs.config())

@@ -13,6 +13,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/big"
 	"net"
@@ -339,9 +340,9 @@ func TestSystemdSockets(t *testing.T) {
 	path := filepath.Join(shortTempDir(t), "s")
 	tcp, addr := socketFile(t, "tcp", "127.0.0.1:0")
 	sock, _ := socketFile(t, "unix", path)
-	for _, args := range [][]string{{"-drain", "10ms"}, {"-drain", "10ms", "-listen", "systemd"}} {
+	for _, args := range [][]string{{"-drain", "10ms"}, {"-drain", "10ms", "-listen", "systemd", "-listen", "127.0.0.1:0"}} {
 		p := passed(t, []*os.File{tcp, sock}, args...)
-		p.await(t, `(?s)(msg=listening.*){2}`)
+		p.await(t, fmt.Sprintf(`(?s)(msg=listening.*){%d}`, 2+len(args)/5))
 		if err := spoa.Check(t.Context(), "tcp", addr); err != nil {
 			t.Error(err)
 		}

@@ -58,8 +58,8 @@ from 0 for the worst addresses to 100 for those on no list.
   -allow file   the addresses of this list score 100 whatever others say;
                 repeatable
 
-  -listen addr  listen here instead: host:port, unix:/path, or systemd for the
-                sockets it passes (the default if there are any); repeatable
+  -listen addr  listen here instead: host:port, unix:/path, or systemd, which
+                must have passed sockets then (any are used); repeatable
   -unix-mode m  permissions of unix sockets (default 0660)
   -tls-cert file, -tls-key file
                 speak TLS on TCP, with this certificate

@@ -256,7 +256,9 @@ func TestCheckClientIP(t *testing.T) {
 		for _, l := range []*lists{nil, l} {
 			var judged []string
 			var a spoa.Actions
-			h := checkClientIP(0, newScorer(l, func(list string, listed bool) { judged = append(judged, fmt.Sprint(list, " ", listed)) }))
+			h := checkClientIP(0, newScorer(l, func(list string, listed bool) {
+				judged = append(judged, fmt.Sprint(list, " ", listed))
+			}))
 			if err := h(t.Context(), m, &a); err != nil {
 				t.Errorf("%v: %v", tc.args, err)
 			}

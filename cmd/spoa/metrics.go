@@ -124,7 +124,8 @@ func newMetrics(l *lists, certs *certificates, names ...string) *metrics {
 	}
 	m.other = newMessage("other")
 
-	verdicts := counter("verdicts_total", "Addresses judged: listed (and on which list), unlisted or allowed, or given a random score.", "verdict", "list")
+	verdicts := counter("verdicts_total",
+		"Addresses judged: listed (and on which list), unlisted (or allowed), or given a random score.", "verdict", "list")
 	if l == nil {
 		m.random = verdicts.WithLabelValues("random", "")
 	} else {
@@ -137,7 +138,8 @@ func newMetrics(l *lists, certs *certificates, names ...string) *metrics {
 	}
 	m.opened = counter("connections_opened_total", "Connections accepted, those of health checks included.").WithLabelValues()
 	m.checks = counter("health_checks_total", "Health checks answered.").WithLabelValues()
-	faults := counter("faults_total", "Connections ended by a fault, by status code of SPOP and who told it; code network: by the network, or TLS.", "code", "by")
+	faults := counter("faults_total",
+		"Connections ended by a fault, by status code of SPOP and who told it; code network: by the network, or TLS.", "code", "by")
 	for _, by := range []string{byAgent, byHAProxy} {
 		for _, s := range faultCodes {
 			o := origin{statusCode(s), by}
@@ -249,13 +251,15 @@ func (m *metrics) certificatesReloaded(ok bool) {
 
 // What is looked up only when somebody asks.
 var (
-	connsDesc    = prometheus.NewDesc("spoa_connections", "Connections by state: before their HELLO, busy with handlers, idle.", []string{"state"}, nil)
+	connsDesc = prometheus.NewDesc("spoa_connections",
+		"Connections by state: before their HELLO, busy (something in flight), idle.", []string{"state"}, nil)
 	inFlightDesc = prometheus.NewDesc("spoa_notifies_in_flight", "NOTIFYs handed to workers and not answered yet.", nil, nil)
 	entriesDesc  = listDesc("list_entries", "Distinct prefixes of a list in force.")
 	badDesc      = listDesc("list_bad_lines", "Lines of a list left out.")
 	ageDesc      = listDesc("list_age_seconds", "Age of the file whose content is in force, by its modification time.")
 	loadedDesc   = listDesc("list_loaded_timestamp_seconds", "When the content in force was read.")
-	reloadsDesc  = listDesc("list_reloads_total", "Reloads of a list by result; after one that failed the previous content stays in force.", "result")
+	reloadsDesc  = listDesc("list_reloads_total",
+		"Reloads of a list by result; after one that failed the previous content stays in force.", "result")
 )
 
 // A list's file is a label because two of them may have one name.
@@ -467,7 +471,8 @@ func (m *metrics) page(w http.ResponseWriter, r *http.Request) {
 	}
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	h.Set("Content-Security-Policy",
+		"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	w.Write(b.Bytes())

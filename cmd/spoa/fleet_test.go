@@ -1,0 +1,369 @@
+//go:build unix
+
+package main
+
+import (
+	"context"
+	"encoding/csv"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// startFleet runs bin with fleet.cfg and agents at these addresses. As in startHAProxy, timing is for tests: an answer
+// that is missing must come to light as an error, not as a timeout.
+func startFleet(t *testing.T, bin haproxyBin, agents [3]string, oldnew ...string) *haproxy {
+	t.Helper()
+	dir := shortTempDir(t)
+	front := freeAddr(t, "127.0.0.1")
+	h := &haproxy{url: "http://" + front + "/", stats: filepath.Join(dir, "stats")}
+	edit(t, dir, "fleet.cfg", append([]string{
+		"global\n", "global\n    stats socket " + h.stats + " level admin\n",
+		"bind 127.0.0.1:8080", "bind " + front,
+		"option spop-check", "option spop-check\n    timeout check 5s",
+		"check inter 1s", "check inter 200ms",
+		"127.0.0.1:12345", agents[0], "127.0.0.1:12346", agents[1], "127.0.0.1:12347", agents[2],
+	}, oldnew...))
+	edit(t, dir, "fleet-spoe.conf", []string{"processing 500ms", "processing 10s"})
+	cmd := exec.Command(bin.path, "-db", "-f", filepath.Join(dir, "fleet.cfg"))
+	cmd.Dir = dir
+	h.process = startProcess(t, cmd, syscall.SIGTERM)
+	h.awaitFleet(t, "UP", "UP", "UP")
+	return h
+}
+
+// awaitFleet waits until the agents' servers have these states.
+func (h *haproxy) awaitFleet(t *testing.T, want ...string) {
+	t.Helper()
+	eventually(t, fmt.Sprint("servers ", want), func() bool {
+		if h.ctx.Err() != nil {
+			t.Fatalf("haproxy ended: %v", h.err)
+		}
+		out, err := command(h.stats, "show stat iprep-fleet 4 -1")
+		if err != nil {
+			return false
+		}
+		rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(strings.TrimSpace(out), "# "))).ReadAll()
+		if err != nil || len(rows) != len(want)+1 {
+			return false
+		}
+		for i, state := range want {
+			// A server without a result of its first check is UP too.
+			have := map[string]string{}
+			for j, name := range rows[0] {
+				have[name] = rows[i+1][j]
+			}
+			if s, _, _ := strings.Cut(have["status"], " "); s != state || have["check_status"] == "INI" || have["check_status"] == "" {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// loopback returns a client that comes from another address of this machine with each connection.
+func loopback() *http.Client {
+	return &http.Client{Timeout: 2 * patience, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			from := net.IPv4(127, byte(1+rand.N(200)), byte(rand.N(255)), byte(1+rand.N(250)))
+			return (&net.Dialer{LocalAddr: &net.TCPAddr{IP: from}}).DialContext(ctx, network, addr)
+		},
+	}}
+}
+
+func needLoopback(t *testing.T) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.1.2.3:0")
+	if err != nil {
+		t.Skipf("all of 127.0.0.0/8 is needed to look like many clients: %v", err)
+	}
+	l.Close()
+}
+
+func startAgents(t *testing.T, args ...string) (all [3]*agentProcess, addrs [3]string) {
+	t.Helper()
+	for i := range all {
+		all[i] = startAgent(t, freeAddr(t, "127.0.0.1"), args...)
+		addrs[i] = all[i].addr
+	}
+	return all, addrs
+}
+
+func TestE2EFleetWithoutWarning(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		out, err := exec.Command(bin.path, "-c", "-f", "haproxy/fleet.cfg").CombinedOutput()
+		if s := string(out); err != nil || strings.Contains(s, "[WARNING]") || strings.Contains(s, "[ALERT]") {
+			t.Errorf("haproxy -c: %v\n%s", err, s)
+		}
+	})
+}
+
+// An agent that is killed costs the requests that it held, and those who come later nothing.
+func TestE2EFleetKill(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		needLoopback(t)
+		agents, addrs := startAgents(t, "-t", "5ms")
+		h := startFleet(t, bin, addrs)
+
+		const clients = 9
+		var answers atomic.Int64
+		var lost [clients]int
+		var wg sync.WaitGroup
+		stop := make(chan struct{})
+		for i := range clients {
+			wg.Go(func() {
+				c := loopback()
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					resp, err := get(c, h.url)
+					switch {
+					case err != nil:
+						t.Errorf("HAProxy has not answered: %v", err)
+						return
+					case resp.StatusCode == http.StatusServiceUnavailable:
+						lost[i]++
+					case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusForbidden:
+						t.Errorf("status %d", resp.StatusCode)
+					}
+					answers.Add(1)
+				}
+			})
+		}
+		more := func(n int64) {
+			goal := answers.Load() + n
+			eventually(t, fmt.Sprintf("%d more answers", n), func() bool { return answers.Load() >= goal || t.Failed() })
+		}
+		more(300)
+		agents[1].stop(syscall.SIGKILL)
+		more(300)
+		h.awaitFleet(t, "UP", "DOWN", "UP")
+		more(300)
+		startAgent(t, addrs[1], "-t", "5ms")
+		h.awaitFleet(t, "UP", "UP", "UP")
+		more(300)
+		close(stop)
+		wg.Wait()
+		total := 0
+		for i, n := range lost {
+			if total += n; n > 1 { // a client waits for one answer at a time
+				t.Errorf("client %d has lost %d requests, want 1 at most", i, n)
+			}
+		}
+		t.Logf("%d of %d requests lost", total, answers.Load())
+	})
+}
+
+// Without an agent no request passes, except for clients whose verdict is less than a minute old.
+func TestE2EFleetFailsClosed(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		needLoopback(t)
+		agents, addrs := startAgents(t)
+		h := startFleet(t, bin, addrs)
+		known := newClient()
+		first, err := get(known, h.url)
+		if err != nil || first.Header.Get("X-IP-Score") == "" {
+			t.Fatalf("want a score, have %v, %v", first, err)
+		}
+		for range 20 { // random scores differ, those of the table don't
+			resp, err := get(known, h.url)
+			if err != nil || resp.Header.Get("X-IP-Score") != first.Header.Get("X-IP-Score") || resp.StatusCode != first.StatusCode {
+				t.Fatalf("want the same score from the table, have %v, %v", resp, err)
+			}
+		}
+		for _, a := range agents {
+			a.stop(syscall.SIGKILL)
+		}
+		h.awaitFleet(t, "DOWN", "DOWN", "DOWN")
+		for range 10 {
+			resp, err := get(loopback(), h.url)
+			if err != nil || resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("X-IP-Error") == "" {
+				t.Fatalf("want a stranger refused with a reason, have %v, %v", resp, err)
+			}
+		}
+		if resp, err := get(known, h.url); err != nil || resp.StatusCode != first.StatusCode {
+			t.Errorf("want the verdict of the table, have %v, %v", resp, err)
+		}
+	})
+}
+
+// A verdict that is too old is asked for again, also by one connection, whose session remembers it.
+func TestE2EFleetCacheEnds(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		agents, addrs := startAgents(t)
+		h := startFleet(t, bin, addrs, "-m int lt 60", "-m int lt 0")
+		client := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1}, Timeout: 2 * patience}
+		defer client.CloseIdleConnections()
+		scores := map[string]bool{}
+		for range 30 {
+			resp, err := get(client, h.url)
+			if err != nil || resp.Header.Get("X-IP-Score") == "" {
+				t.Fatalf("want a score, have %v, %v", resp, err)
+			}
+			scores[resp.Header.Get("X-IP-Score")] = true
+		}
+		if len(scores) < 10 {
+			t.Errorf("want new scores, have %d of 30", len(scores))
+		}
+		for _, a := range agents {
+			a.stop(syscall.SIGKILL)
+		}
+		h.awaitFleet(t, "DOWN", "DOWN", "DOWN")
+		if resp, err := get(client, h.url); err != nil || resp.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("want no stale verdict, have %v, %v", resp, err)
+		}
+	})
+}
+
+// The lists' verdicts, their names, and what an allow list is for.
+func TestE2ELists(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		needLoopback(t)
+		dir := t.TempDir()
+		drop, own := filepath.Join(dir, "drop.txt"), filepath.Join(dir, "own.txt")
+		writeFile(t, drop, "127.0.0.0/8 ; SBL1\n127.9.0.0/16 50\n")
+		writeFile(t, own, "127.0.0.2\n")
+		_, addrs := startAgents(t, "-reputation", drop+"=7", "-allow", own)
+		h := startFleet(t, bin, addrs)
+		for from, want := range map[string]string{"127.0.0.1": "403 7 drop", "127.9.0.1": "200 50 drop", "127.0.0.2": "200 100 "} {
+			c := newClient()
+			c.Transport.(*http.Transport).DialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).DialContext
+			resp, err := get(c, h.url)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if have := fmt.Sprint(resp.StatusCode, " ", resp.Header.Get("X-IP-Score"), " ", resp.Header.Get("X-IP-List")); want != have {
+				t.Errorf("%s: want %q, have %q", from, want, have)
+			}
+		}
+	})
+}
+
+func TestE2EMutualTLS(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		dir := shortTempDir(t)
+		ours, theirs := newAuthority(t, dir, "ca"), newAuthority(t, dir, "strange-ca")
+		ours.issue(t, "agent", "127.0.0.1")
+		ours.issue(t, "haproxy", "127.0.0.1")
+		theirs.issue(t, "stranger", "127.0.0.1")
+		agent := startAgent(t, "127.0.0.1:0",
+			"-tls-cert", ours.file("agent"), "-tls-key", ours.file("agent"), "-tls-client-ca", ours.file("ca"))
+		server := agent.addr + " ssl verify required ca-file " + ours.file("ca")
+		h := startHAProxy(t, bin, setup{agent: server + " crt " + ours.file("haproxy")})
+		h.awaitServer(t, "UP", "L7OK")
+		got := ask(t, h.url, 200)
+		got.check(t)
+		for what, s := range map[string]string{
+			"no certificate":         server,
+			"a strange certificate":  server + " crt " + ours.file("stranger"),
+			"trust in somebody else": agent.addr + " ssl verify required ca-file " + ours.file("strange-ca") + " crt " + ours.file("haproxy"),
+			"no TLS":                 agent.addr,
+		} {
+			h := startHAProxy(t, bin, setup{agent: s, mayLose: true})
+			h.awaitServer(t, "DOWN", "")
+			got := ask(t, h.url, 3)
+			if got.missing != got.requests {
+				t.Errorf("%s: want no score, have %d of %d", what, got.requests-got.missing, got.requests)
+			}
+		}
+	})
+}
+
+func TestE2ESystemdSocket(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		tcp, addr := socketFile(t, "tcp", "127.0.0.1:0")
+		passed(t, []*os.File{tcp}).await(t, `msg=listening`)
+		h := startHAProxy(t, bin, setup{agent: addr})
+		h.awaitServer(t, "UP", "L7OK")
+		got := ask(t, h.url, 200)
+		got.check(t)
+	})
+}
+
+// The metrics agree with what HAProxy's clients have seen.
+func TestE2EMetrics(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		path := filepath.Join(shortTempDir(t), "m")
+		agent := startAgent(t, "127.0.0.1:0", "-metrics", "unix:"+path)
+		h := startHAProxy(t, bin, setup{agent: agent.addr})
+		h.awaitServer(t, "UP", "L7OK")
+		got := ask(t, h.url, 100)
+		got.check(t)
+		text := fetch(t, unixClient(path), "/metrics")
+		wantLines(t, text, fmt.Sprintf(`spoa_messages_total{message="check-client-ip",outcome="ok"} %d`, got.requests),
+			fmt.Sprintf(`spoa_verdicts_total{list="",verdict="random"} %d`, got.requests))
+		for _, re := range []string{`(?m)^spoa_health_checks_total [1-9]`, `(?m)^spoa_connections\{state="idle"\} [1-9]`} {
+			if !regexp.MustCompile(re).MatchString(text) {
+				t.Errorf("want %s", re)
+			}
+		}
+		page, _ := strings.CutPrefix(fetch(t, unixClient(path), "/"), "200 ")
+		wantCell(t, readPage(t, page), "name: "+message, "total: "+number(float64(got.requests)), "failed: 0")
+	})
+}
+
+// The unit files, as systemd understands them.
+func TestSystemdUnits(t *testing.T) {
+	analyze, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal("no systemd-analyze found: apt-get install -y systemd")
+		}
+		t.Skip("no systemd-analyze found: apt-get install -y systemd")
+	}
+	out, err := exec.Command(analyze, "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`systemd (\d+)`).FindSubmatch(out)
+	if m == nil {
+		t.Fatalf("systemd-analyze --version: %q", out)
+	}
+	version, _ := strconv.Atoi(string(m[1]))
+	dir := t.TempDir()
+	bin := filepath.Join(dir, "spoa")
+	writeFile(t, bin, "#!/bin/sh\n")
+	if err := os.Chmod(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var files []string
+	for _, name := range []string{"spoa.service", "spoa.socket"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.ReplaceAll(string(b), "/usr/local/bin/spoa", bin)
+		if name == "spoa.service" && !strings.Contains(text, "\nType=notify-reload\n") {
+			t.Error("want Type=notify-reload")
+		}
+		if version < 253 { // knows no notify-reload
+			text = strings.ReplaceAll(text, "Type=notify-reload", "Type=notify")
+		}
+		files = append(files, filepath.Join(dir, name))
+		writeFile(t, files[len(files)-1], text)
+	}
+	out, err = exec.Command(analyze, append([]string{"verify", "--man=no"}, files...)...).CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, dir) || strings.Contains(line, "spoa.s") { // others' units are not ours to judge
+			t.Errorf("systemd-analyze: %s", line)
+		}
+	}
+	if err != nil {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+}

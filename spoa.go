@@ -897,7 +897,7 @@ func (rd *reader) fragment() error {
 	if len(g.buf)+len(f.payload) > c.agent.fragmentation {
 		g.refused = true
 		g.buf = nil
-		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.stream, f.id, nil)
+		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.stream, f.id, c.agent.faultVars[faultError])
 		return nil
 	}
 	g.buf = append(g.buf, f.payload...)
@@ -1213,7 +1213,11 @@ func (c *conn) end(rd *reader, why error) {
 		message = "rotated"
 	case why == io.EOF:
 		say = false
-		defer time.AfterFunc(eofGrace, c.cancel).Stop()
+		// The peer may have closed all of the connection, which only a write
+		// would show. Its others are there for certain.
+		if wait = !c.async || len(c.agent.siblings(c)) == 0; wait {
+			defer time.AfterFunc(eofGrace, c.cancel).Stop()
+		}
 	default:
 		say, wait = false, why == errChecked
 	}

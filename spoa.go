@@ -422,7 +422,7 @@ type conn struct {
 // fragment is a NOTIFY that is being put together from several frames.
 type fragment struct {
 	open       bool
-	refused    bool // too long: the rest is swallowed
+	refused    bool // the last was too long: if its rest comes it is swallowed
 	stream, id uint64
 	buf        []byte
 }
@@ -881,22 +881,25 @@ func (rd *reader) fragment() error {
 	switch limit := c.agent.fragmentation; {
 	case limit == 0:
 		return fault(StatusNoFragmentation, "")
-	case f.kind == frameNotify && g.open, g.open && (f.stream != g.stream || f.id != g.id):
+	case g.open && (f.kind == frameNotify || f.stream != g.stream || f.id != g.id):
 		return fault(StatusInterlaced, "fragment of %d, %d within %d, %d", f.stream, f.id, g.stream, g.id)
 	case f.kind == frameNotify:
 		*g = fragment{open: true, stream: f.stream, id: f.id, buf: g.buf[:0]}
 	case !g.open:
 		return fault(StatusFrameIDNotFound, "fragment of %d, %d without a beginning", f.stream, f.id)
+	case g.refused && f.stream == g.stream && f.id == g.id:
+		g.refused = !f.fin() && !f.abort()
+		return nil
 	}
 	if f.fin() || f.abort() {
 		g.open = false
 	}
-	if f.abort() || g.refused {
+	if f.abort() {
 		return nil
 	}
 	if len(g.buf)+len(f.payload) > c.agent.fragmentation {
-		g.refused = true
-		g.buf = nil
+		// HAProxy ends it here, or says the rest if that is on its way.
+		g.refused, g.open, g.buf = g.open, false, nil
 		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.stream, f.id, c.agent.faultVars[faultError])
 		return nil
 	}

@@ -536,7 +536,9 @@ func (c *conn) lose(left []byte) {
 	}
 	for len(left) > 0 {
 		size := lengthSize + int(binary.BigEndian.Uint32(left))
-		go c.agent.forward(c, left[:size:size])
+		if left[lengthSize] == frameAck {
+			go c.agent.forward(c, left[:size:size])
+		}
 		left = left[size:]
 	}
 }

@@ -1859,3 +1859,46 @@ func TestFragmentRules(t *testing.T) {
 		})
 	}
 }
+
+// asEngine returns a connection of that engine.
+func asEngine(t testing.TB, ln *memListener, engine string) *haproxy {
+	t.Helper()
+	h := ln.dial(t)
+	offer := offered
+	offer.engineID = engine
+	h.helloAs(offer)
+	return h
+}
+
+// wantNothing checks that nothing has come, in a bubble.
+func (h *haproxy) wantNothing() {
+	h.t.Helper()
+	synctest.Wait()
+	select {
+	case f, ok := <-h.frames:
+		if !ok {
+			h.t.Errorf("want the connection to live, have its end (%v)", h.err)
+			return
+		}
+		h.t.Errorf("want nothing, have %s", inWordsFrame(f))
+	default:
+	}
+}
+
+// Nothing but ACKs leaves by a sibling.
+func TestAsyncForwardsNoHello(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, WithAsync(), withNumbered())
+		sibling := asEngine(t, ln, "engine")
+		nc := ln.raw(t)
+		if _, err := io.WriteString(nc, helloFrame(offered)); err != nil {
+			t.Fatal(err)
+		}
+		nc.Close()
+		sibling.wantNothing()
+		sibling.wantAnswers()
+		if want, have := 1, len(a.Conns()); want != have {
+			t.Errorf("want %d connection, have %d", want, have)
+		}
+	})
+}

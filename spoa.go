@@ -887,11 +887,11 @@ func (rd *reader) fragment() error {
 		return fault(StatusInterlaced, "fragment of %d, %d within %d, %d", f.stream, f.id, g.stream, g.id)
 	case f.kind == frameNotify:
 		*g = fragment{open: true, stream: f.stream, id: f.id, buf: g.buf[:0]}
-	case !g.open:
-		return fault(StatusFrameIDNotFound, "fragment of %d, %d without a beginning", f.stream, f.id)
 	case g.refused && f.stream == g.stream && f.id == g.id:
 		g.refused = !f.fin() && !f.abort()
 		return nil
+	case !g.open:
+		return fault(StatusFrameIDNotFound, "fragment of %d, %d without a beginning", f.stream, f.id)
 	}
 	if f.fin() || f.abort() {
 		g.open = false
@@ -902,7 +902,9 @@ func (rd *reader) fragment() error {
 	if len(g.buf)+len(f.payload) > c.agent.fragmentation {
 		// HAProxy ends it here, or says the rest if that is on its way.
 		g.refused, g.open, g.buf = g.open, false, nil
+		start := len(rd.out)
 		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.stream, f.id, c.agent.faultVars[faultError])
+		c.debug("sent", rd.out[start:])
 		return nil
 	}
 	g.buf = append(g.buf, f.payload...)

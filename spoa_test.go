@@ -1709,6 +1709,171 @@ func TestWindow(t *testing.T) {
 	}
 }
 
+// Close while an answer is being written.
+func TestCloseWhileWriting(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGate()
+			a, ln := startMem(t, WithHandler("number", g))
+			nc := ln.raw(t)
+			rawHello(t, nc)
+			io.WriteString(nc, notifyFrame(1, 1)+notifyFrame(2, 2))
+			g.wait(t, 2)
+			close(g.open)
+			synctest.Wait()
+			a.Close()
+		})
+	}
+}
+
+// reset has the connection end with an RST.
+func (h *haproxy) reset() {
+	h.nc.(*net.TCPConn).SetLinger(0)
+	h.nc.Close()
+}
+
+// A reset costs the connection, in whatever state it is.
+func TestReset(t *testing.T) {
+	g := newGate()
+	g.heeds = true
+	lines := new(logLines)
+	a, dial := startTCP(t, withNumbered(), WithHandler("slow", g), WithFragmentation(1000), WithAsync(), WithLogger(lines),
+		WithHandlerFunc("long", func(_ context.Context, _ *Message, a *Actions) error {
+			a.SetVar(ScopeSess, "v", String(strings.Repeat("x", 16000)))
+			return nil
+		}))
+	healthy := newHAProxy(t, dial())
+	healthy.helloAs(hello{versions: "2.0", frameSize: 16380}) // no sibling of the others
+	slow := rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("slow"))))
+	for _, tt := range []struct {
+		name string
+		say  func(h *haproxy)
+	}{
+		{"nothing said", func(h *haproxy) {}},
+		{"half a length", func(h *haproxy) { h.send("\x00\x00") }},
+		{"half a HELLO", func(h *haproxy) { h.send(helloFrame(offered)[:20]) }},
+		{"HELLO not awaited", func(h *haproxy) { h.send(helloFrame(offered)) }},
+		{"agreed", func(h *haproxy) { h.hello() }},
+		{"half a NOTIFY", func(h *haproxy) { h.hello(); h.send(notifyFrame(1, 1)[:10]) }},
+		{"half of a fragmented NOTIFY", func(h *haproxy) { h.hello(); h.send(rawFrame(frameNotify, 0, 1, 1, number[:3])) }},
+		{"ACK not awaited", func(h *haproxy) { h.hello(); h.send(notifyFrame(1, 1)) }},
+		{"20 in flight", func(h *haproxy) { h.hello(); h.send(strings.Repeat(slow, 20)); g.wait(t, 20) }},
+		{"ACKs not read", func(h *haproxy) {
+			rawHello(t, h.nc)
+			long := rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("long"))))
+			h.send(strings.Repeat(long, 500))
+		}},
+		{"DISCONNECT not awaited", func(h *haproxy) { h.hello(); h.send(goodbye) }},
+		{"DISCONNECT of the agent", func(h *haproxy) { h.send("GET / HTTP/1.1\r\n\r\n"); h.wantEnd(StatusFrameTooBig) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for range 5 {
+				var h *haproxy
+				if tt.name == "ACKs not read" {
+					h = &haproxy{t: t, nc: dial()}
+				} else {
+					h = newHAProxy(t, dial())
+				}
+				tt.say(h)
+				h.reset()
+			}
+			healthy.wantAnswers()
+			eventually(t, "one connection left", func() bool { return len(a.Conns()) == 1 })
+		})
+	}
+	if have := lines.with("level=warn", "connection ended", "reset"); len(have) > 0 {
+		t.Errorf("want a reset to be a normal end, have %q", have)
+	}
+}
+
+// Who sends no more may still read.
+func TestHalfClose(t *testing.T) {
+	g := newGate()
+	_, dial := startTCP(t, withNumbered(), WithHandler("slow", g))
+	h := newHAProxy(t, dial())
+	h.hello()
+	slow := string(appendMessage(nil, NewMessage("slow")))
+	h.send(notifyFrame(1, 1), rawFrame(frameNotify, flagFIN, 2, 2, slow), notifyFrame(3, 3)[:10])
+	h.half()
+	h.wantAck(1, 1)
+	g.wait(t, 1)
+	close(g.open)
+	h.wantAck(2, 2)
+	h.wantEOF()
+}
+
+// Half-open connections don't keep a healthy one waiting.
+func TestHalfOpen(t *testing.T) {
+	n := 2000
+	if testing.Short() {
+		n = 200
+	}
+	hooks, closed := hooked()
+	a, dial := startTCP(t, withNumbered(), hooks)
+	healthy := newHAProxy(t, dial())
+	healthy.hello()
+	var ncs []net.Conn
+	for i := range n {
+		nc := dial()
+		switch i % 4 {
+		case 1:
+			io.WriteString(nc, helloFrame(offered)[:30])
+		case 2:
+			io.WriteString(nc, helloFrame(offered)+notifyFrame(1, 1)[:8])
+		case 3:
+			io.WriteString(nc, "\x00\x00\x3f\xff")
+		}
+		if ncs = append(ncs, nc); i%100 == 0 {
+			healthy.wantAnswers()
+		}
+	}
+	eventually(t, "all accepted", func() bool { return len(a.Conns()) == n+1 })
+	healthy.wantAnswers()
+	for _, nc := range ncs {
+		nc.Close()
+	}
+	for range ncs {
+		if err := receive(t, "a connection's end", closed); err != nil {
+			t.Errorf("want a normal end, have %v", err)
+		}
+	}
+	healthy.wantAnswers()
+}
+
+// Connections come and go as fast as they can.
+func TestChurn(t *testing.T) {
+	n := 5000
+	if testing.Short() {
+		n = 500
+	}
+	a, dial := startTCP(t, withNumbered())
+	healthy := newHAProxy(t, dial())
+	healthy.hello()
+	addr := healthy.nc.RemoteAddr().String()
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i := range n / 4 {
+				nc, err := net.Dial("tcp", addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				switch (w + i) % 3 {
+				case 1:
+					io.WriteString(nc, helloFrame(offered)+notifyFrame(1, 1))
+				case 2:
+					nc.(*net.TCPConn).SetLinger(0)
+				}
+				nc.Close()
+			}
+		})
+	}
+	wg.Wait()
+	healthy.wantAnswers()
+	eventually(t, "one connection left", func() bool { return len(a.Conns()) == 1 })
+}
+
 // fragments cuts payload into frames, behind each of the cuts.
 func fragments(stream, id uint64, payload string, cuts ...int) (frames []string) {
 	begin, kind := 0, byte(frameNotify)
@@ -1883,6 +2048,73 @@ func (h *haproxy) wantNothing() {
 		h.t.Errorf("want nothing, have %s", inWordsFrame(f))
 	default:
 	}
+}
+
+// An ACK whose connection has gone leaves by another one of the same engine and
+// listener, once.
+func TestAsync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		a, ln := startMem(t, WithAsync(), withNumbered(), WithHandler("slow", g))
+		elsewhere := newMemListener()
+		served := make(chan error, 1)
+		go func() { served <- a.Serve(elsewhere) }()
+		slow := string(appendMessage(nil, NewMessage("slow")))
+
+		gone := asEngine(t, ln, "one")
+		sibling := asEngine(t, ln, "one")
+		cold := asEngine(t, ln, "") // has no part in it
+		others := []*haproxy{asEngine(t, ln, "two"), asEngine(t, elsewhere, "one"), cold}
+		plain := ln.dial(t) // did not offer it
+		plain.helloAs(hello{versions: "2.0", frameSize: 16380, engineID: "one"})
+		others = append(others, plain)
+
+		gone.wantAnswers() // on its own connection
+		for id := range uint64(10) {
+			gone.send(rawFrame(frameNotify, flagFIN, id, id, slow))
+		}
+		g.wait(t, 10)
+		gone.nc.Close()
+		synctest.Wait()
+		close(g.open)
+		seen := make(map[uint64]bool)
+		for range 10 {
+			f := sibling.want(frameAck)
+			if f.stream != f.id || f.id > 9 || seen[f.id] || string(f.payload) != string(numberedActions(f.id)) {
+				t.Errorf("want each of the ten once, have %s", inWordsFrame(f))
+			}
+			seen[f.id] = true
+		}
+		for _, h := range append(others, sibling) {
+			h.wantNothing()
+			h.wantAnswers()
+		}
+	})
+}
+
+// Without a sibling the answer is dropped, and the log says so now and then.
+func TestAsyncNobodyLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		lines := new(logLines)
+		_, ln := startMem(t, WithAsync(), WithHandler("number", g), WithLogger(lines))
+		other := asEngine(t, ln, "two")
+		gone := asEngine(t, ln, "one")
+		sibling := asEngine(t, ln, "one")
+		for id := range uint64(10) {
+			gone.send(notifyFrame(id, id))
+		}
+		g.wait(t, 10)
+		gone.nc.Close()
+		synctest.Wait()
+		sibling.nc.Close()
+		synctest.Wait()
+		close(g.open)
+		other.wantNothing()
+		if have := lines.with("level=warn", "answer dropped", "engine=one"); len(have) != 1 {
+			t.Errorf("want one line, have %q", have)
+		}
+	})
 }
 
 // Nothing but ACKs leaves by a sibling.

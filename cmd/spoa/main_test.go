@@ -392,7 +392,8 @@ func TestCapabilities(t *testing.T) {
 		if _, answer := hello(t, addr, "pipelining,async,fragmentation", "me"); !strings.HasSuffix(answer, want) {
 			t.Errorf("%q: want %q, have %q", args, want, answer)
 		}
-		if warned := strings.Contains(out.String(), `level=warn msg="unknown capability" capability=odd`); warned != strings.Contains(args, "odd") {
+		warned := strings.Contains(out.String(), `level=warn msg="unknown capability" capability=odd`)
+		if warned != strings.Contains(args, "odd") {
 			t.Errorf("%q: want a warning of unknown ones alone, have %q", args, out.String())
 		}
 	}

@@ -95,6 +95,7 @@ type job struct {
 	ctx        *deadline // with a handler timeout, once handlers run
 	started    time.Duration
 	done       []byte // the actions of the messages already done
+	finished   bool   // all of them are
 	answered   bool   // by the watch; what the handlers still do is dropped
 	warned     bool   // of being slow
 }
@@ -123,7 +124,8 @@ func (j *job) run() {
 // begin makes j ready for a NOTIFY.
 func (j *job) begin(stream, id uint64, arrived time.Duration) {
 	j.stream, j.id, j.arrived, j.started = stream, id, arrived, arrived
-	j.fault, j.ctx, j.done, j.answered, j.warned = faultNone, nil, nil, false, false
+	j.fault, j.ctx, j.done = faultNone, nil, nil
+	j.finished, j.answered, j.warned = false, false, false
 	j.actions.buf, j.actions.err = j.actions.buf[:0], nil
 	j.actions.max = j.lane.ackSize - varintLen(stream) - varintLen(id)
 }
@@ -493,7 +495,7 @@ func (l *lane) complete(j *job) {
 func (w *workers) handle(j *job) {
 	if w.handlerTimeout == 0 {
 		for i := range j.msgs {
-			w.message(j.lane.ctx, j, &j.msgs[i])
+			w.message(j.lane.ctx, j, i)
 		}
 		return
 	}
@@ -505,11 +507,11 @@ func (w *workers) handle(j *job) {
 		return
 	}
 	for i := range j.msgs {
-		if i > 0 && !j.commit() {
+		if j.late() {
 			w.handled(&j.msgs[i], 0, ErrOverload)
 			continue
 		}
-		w.message(ctx, j, &j.msgs[i])
+		w.message(ctx, j, i)
 	}
 }
 
@@ -525,24 +527,36 @@ func (j *job) start(ctx *deadline) bool {
 	return true
 }
 
-// commit has what j's messages so far say sent even if the next is late. It
-// tells whether there is still time.
-func (j *job) commit() bool {
+// late tells whether j has been answered, since its time is over.
+func (j *job) late() bool {
+	j.lane.mu.Lock()
+	defer j.lane.mu.Unlock()
+	return j.answered
+}
+
+// commit has what j's messages up to i say sent, even if the next is late. It
+// tells whether there was still time.
+func (j *job) commit(i int) bool {
+	if j.lane.workers.handlerTimeout == 0 {
+		return true
+	}
 	j.lane.mu.Lock()
 	defer j.lane.mu.Unlock()
 	j.done = j.actions.buf
+	j.finished = i == len(j.msgs)-1
 	return !j.answered
 }
 
-// message runs the handler of one message.
-func (w *workers) message(ctx context.Context, j *job, m *Message) {
-	a := &j.actions
+// message runs the handler of j's message i.
+func (w *workers) message(ctx context.Context, j *job, i int) {
+	m, a := &j.msgs[i], &j.actions
 	mark := len(a.buf)
 	a.err = nil
 	h, ok := w.handlers[m.name]
 	if !ok {
 		if h = w.fallback; h == nil {
 			w.noHandler(m)
+			j.commit(i)
 			return
 		}
 	}
@@ -560,7 +574,7 @@ func (w *workers) message(ctx context.Context, j *job, m *Message) {
 			}
 			a.buf = a.buf[:mark]
 		}
-		if w.handlerTimeout > 0 && !j.commit() && err == nil {
+		if !j.commit(i) && err == nil {
 			err = context.DeadlineExceeded
 		}
 		if err != nil {
@@ -746,7 +760,7 @@ func (l *lane) takeOver(c *call, s uint64) {
 func (l *lane) overdue(now time.Duration) (late bool, slow []*job) {
 	limit := l.workers.handlerTimeout
 	for j := l.running.head; j != nil; j = j.next {
-		if limit > 0 && !j.answered && now-j.arrived >= limit {
+		if limit > 0 && !j.finished && !j.answered && now-j.arrived >= limit {
 			j.answered, late = true, true
 			kind := faultOverload // its goroutine has not come so far as to call a handler
 			if j.ctx != nil {

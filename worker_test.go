@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"slices"
@@ -88,6 +89,7 @@ type peer struct {
 	nc      net.Conn
 	r       *bufio.Reader
 	answers chan answer // closed when the connection has ended
+	late    bool        // "timeout" and "overload" are expected
 }
 
 // peer connects, exchanges the HELLOs, and reads the ACKs from then on.
@@ -831,5 +833,189 @@ func TestHandlerContextAsync(t *testing.T) {
 		}
 		<-p.answers
 		p.answers = second.answers
+	})
+}
+
+// Every one of very many NOTIFYs is answered once and by its own answer,
+// wherever its handlers ran, and frames never mix.
+func TestWorkersFlood(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		count int
+		opts  []Option
+	}{
+		{"many workers", 100_000, []Option{WithWorkers(64)}},
+		{"few workers", 20_000, []Option{WithWorkers(3)}},
+		{"timeout", 20_000, []Option{WithWorkers(8), WithHandlerTimeout(2 * time.Millisecond)}},
+		{"narrow window, hooks", 20_000, []Option{WithPipelining(4), WithHooks(Hooks{Handled: func(string, time.Duration, error) {}})}},
+	} {
+		const conns = 16
+		perConn := tt.count / conns
+		if testing.Short() {
+			perConn = tt.count / conns / 20
+		}
+		t.Run(tt.name, func(t *testing.T) {
+			checkLeaks(t)
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var atOnce, most atomic.Int64
+			flood := func(ctx context.Context, m *Message, a *Actions) error {
+				defer atOnce.Add(-1)
+				for n := atOnce.Add(1); ; {
+					if old := most.Load(); n <= old || most.CompareAndSwap(old, n) {
+						break
+					}
+				}
+				v := m.Arg(0).Value
+				if want, have := fmt.Sprintf("%d:%d.", m.StreamID(), m.FrameID()), string(v.Bytes()); !strings.HasPrefix(have, want) {
+					t.Errorf("want an argument of %s, have %.20s", want, have)
+				}
+				a.SetVar(ScopeTxn, "half", v)
+				err := floodWork(ctx, m.FrameID())
+				a.SetVar(ScopeTxn, "whole", v)
+				return err
+			}
+			b := newBed(t, l, append(tt.opts, WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
+			var clients sync.WaitGroup
+			for range conns {
+				p := b.quietPeer()
+				p.late = b.handlerTimeout > 0
+				clients.Go(func() { p.flood(perConn) })
+			}
+			clients.Wait()
+			eventually(t, "leave to be given back", func() bool { return b.workers.free.Load() == int64(b.options.workers) })
+			if most, n := most.Load(), int64(b.options.workers); most > n {
+				t.Errorf("want at most %d handlers at once, have had %d", n, most)
+			}
+			b.Close()
+		})
+	}
+}
+
+// floodWork is what a handler does for a NOTIFY of that id, and floodFault how
+// it is to end, beside "timeout" and "overload".
+func floodWork(ctx context.Context, id uint64) error {
+	switch r := rand.IntN(1000); {
+	case r < 10:
+		time.Sleep(time.Duration(rand.IntN(3000)) * time.Microsecond)
+	case r < 13:
+		<-time.After(2 * stallAfter)
+	case r < 14 && ctx.Done() != nil:
+		ctx.Err()
+	case r < 100:
+		runtime.Gosched()
+	case r < 200:
+		for began := time.Now(); time.Since(began) < 50*time.Microsecond; {
+		}
+	}
+	switch floodFault(id) {
+	case "error":
+		if id%2 == 0 {
+			runtime.Goexit()
+		}
+		return errors.New("flood")
+	case "panic":
+		panic("flood")
+	}
+	return nil
+}
+
+func floodFault(id uint64) string {
+	switch id % 301 {
+	case 100, 101:
+		return "error"
+	case 200:
+		return "panic"
+	}
+	return ""
+}
+
+// flood sends that many NOTIFYs, up to 40 in flight, and checks the answers.
+func (p *peer) flood(count int) {
+	const inFlight = 40
+	var mu sync.Mutex
+	sent := make(map[uint64]string)
+	tokens := make(chan struct{}, inFlight)
+	var sender sync.WaitGroup
+	defer sender.Wait()
+	defer p.nc.Close()
+	sender.Go(func() {
+		var batch []byte
+		for id := range uint64(count) {
+			s := fmt.Sprintf("%d:%d.%s", id%7, id, strings.Repeat("x", rand.IntN(100)))
+			if rand.IntN(50) == 0 {
+				s += strings.Repeat("y", rand.IntN(5000))
+			}
+			select {
+			case tokens <- struct{}{}:
+			case <-time.After(longWait):
+				p.t.Errorf("want %d answers, have no more for %v", count, longWait)
+				p.nc.Close()
+				return
+			}
+			mu.Lock()
+			sent[id] = s
+			mu.Unlock()
+			batch = append(batch, notifyOf(id%7, id, NewMessage("flood", Arg{"s", String(s)}))...)
+			if len(tokens) < inFlight && rand.IntN(4) > 0 && id != uint64(count)-1 {
+				continue
+			}
+			if _, err := p.nc.Write(batch); err != nil {
+				p.t.Errorf("after %d: %v", id, err)
+				return
+			}
+			batch = batch[:0]
+		}
+	})
+	for n := range count {
+		f, err := frameFrom(p.r)
+		if err != nil || f.kind != frameAck {
+			p.t.Errorf("answer %d of %d: want an ACK, have a frame of type %d, error %v", n, count, f.kind, err)
+			return
+		}
+		mu.Lock()
+		s, ok := sent[f.id]
+		delete(sent, f.id)
+		mu.Unlock()
+		if !ok || f.stream != f.id%7 {
+			p.t.Errorf("want an answer to what was asked and not answered yet, have %d:%d", f.stream, f.id)
+			return
+		}
+		want := sets("half", s) + "," + sets("whole", s)
+		if fault := floodFault(f.id); fault != "" {
+			want = sets("fault", fault)
+		}
+		switch have := inActions(f.payload); have {
+		case want:
+		case sets("fault", "timeout"), sets("fault", "overload"):
+			if !p.late {
+				p.t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
+			}
+		default:
+			p.t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
+			return
+		}
+		<-tokens
+	}
+}
+
+// A NOTIFY all of whose handlers returned in time is not late, even if the
+// watch comes just before its answer.
+func TestHandlerTimeoutFinished(t *testing.T) {
+	const limit = 5 * time.Millisecond
+	hook := WithHooks(Hooks{Handled: func(message string, _ time.Duration, err error) {
+		if err != nil {
+			t.Errorf("want no error, have %v", err)
+		}
+		if message == "echo" {
+			time.Sleep(2 * limit) // what the scheduler may do
+		}
+	}})
+	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		p.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
+		p.want(1, 1, sets("echo", "x"))
 	})
 }

@@ -101,6 +101,7 @@ type listener struct {
 	net.Listener
 	once sync.Once
 	err  error
+	left atomic.Bool // closed by somebody else, to whom new connections don't come any more
 }
 
 func (l *listener) Close() error {
@@ -133,15 +134,30 @@ func (a *Agent) Serve(nl net.Listener) error {
 		return ErrAgentClosed
 	}
 	err := a.accept(l)
-	a.mu.Lock()
-	delete(a.listeners, l)
-	over := a.phase.Load() != serving
-	a.mu.Unlock()
-	if over {
+	if a.leave(l) {
 		<-a.done
 		return ErrAgentClosed
 	}
 	return err
+}
+
+// leave forgets a listener that accepts no more, and tells whether the agent is
+// coming to its end.
+func (a *Agent) leave(l *listener) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.listeners, l)
+	l.left.Store(true)
+	phase := a.phase.Load()
+	if phase == draining {
+		for c := range a.conns {
+			if c.listener == l {
+				c.wake()
+			}
+		}
+		a.empty()
+	}
+	return phase != serving
 }
 
 const maxAcceptDelay = time.Second
@@ -316,13 +332,13 @@ func (a *Agent) drain() {
 			return
 		case <-a.emptied:
 		}
-		if d := time.Duration(a.quietFrom.Load()) - a.workers.clock(); d > 0 && a.phase.Load() == draining {
+		a.mu.Lock()
+		empty, left := len(a.conns) == 0, len(a.listeners) == 0
+		a.mu.Unlock()
+		if d := time.Duration(a.quietFrom.Load()) - a.workers.clock(); d > 0 && !left && a.phase.Load() == draining {
 			time.AfterFunc(d, a.empty)
 			continue
 		}
-		a.mu.Lock()
-		empty := len(a.conns) == 0
-		a.mu.Unlock()
 		if empty {
 			a.Close()
 		}
@@ -1089,8 +1105,11 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 	answered := c.pending == 0 && !c.writing
 	c.mu.Unlock()
 	free := answered && rd.w == 0
+	if phase >= stopping && c.part.until == 0 {
+		c.part.until = now + 2*partFor
+	}
 	switch {
-	case phase >= stopping:
+	case phase >= stopping && (!c.agreed || at(c.part.until)):
 		return 0, errStopping
 	case !c.agreed && at(c.opened+a.helloTimeout):
 		return 0, fault(StatusTimeout, "no HELLO within %v", a.helloTimeout)
@@ -1102,8 +1121,13 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 		at(now + tick)
 	}
-	if phase == draining {
-		from := time.Duration(a.quietFrom.Load())
+	if phase >= draining {
+		// Who leaves because of its health checks does so in its own time; whose
+		// listener has been closed, at once.
+		from, left := time.Duration(a.quietFrom.Load()), c.listener.left.Load()
+		if left {
+			from = 0
+		}
 		if at(max(c.last+quietTime, from)) {
 			if answered {
 				return 0, errStopping
@@ -1111,10 +1135,12 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 			at(now + quietTime/4)
 		}
 		full := c.held && c.notifies.Load()-c.part.count >= partWindow
-		if from > 0 && at(from+quietTime) && (at(c.part.next) || full) && c.parts(now) {
-			return 0, errStopping
+		if c.agreed && (phase >= stopping || left || from > 0 && at(from+quietTime)) {
+			if (full || at(c.part.next)) && c.parts(now) {
+				return 0, errStopping
+			}
+			at(c.part.next)
 		}
-		at(c.part.next)
 	}
 	if a.idleTimeout > 0 && c.agreed && at(c.last+a.idleTimeout) {
 		if free {
@@ -1141,6 +1167,7 @@ func (rd *reader) shrink() {
 		copy(b, rd.buf[:rd.w])
 		rd.buf = b
 	}
+	rd.frame = frame{} // a view
 	rd.out, rd.job.buf, rd.job.actions.buf = nil, nil, nil
 	rd.job.msgs, rd.job.args = nil, nil
 	if !c.fragment.open {
@@ -1163,7 +1190,8 @@ func (rd *reader) shrink() {
 // anything. If that moment doesn't come, the answers leave, and it is tried
 // again.
 type parting struct {
-	next  time.Duration // when to look again; the reader's
+	until time.Duration // when to close the connection anyway; the reader's
+	next  time.Duration // when to look again; likewise
 	began time.Duration // of holding back
 	count uint64        // of NOTIFYs, then
 }

@@ -2,14 +2,18 @@ package spoa
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -1017,5 +1021,169 @@ func TestHandlerTimeoutFinished(t *testing.T) {
 	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
 		p.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
 		p.want(1, 1, sets("echo", "x"))
+	})
+}
+
+// raceEnabled tells whether this is a build with the race detector, under which
+// a sync.Pool drops things at random.
+func raceEnabled() bool {
+	info, _ := debug.ReadBuildInfo()
+	return info != nil && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "-race" && s.Value == "true" })
+}
+
+// ipScore answers check-client-ip as the reputation agent does.
+func ipScore(_ context.Context, m *Message, a *Actions) error {
+	ip, ok := m.Arg(0).Value.Addr()
+	if !ok {
+		return errors.New("want an address")
+	}
+	last := ip.As16()[15]
+	a.SetVar(ScopeSess, "ip_score", Uint32(uint32(last)))
+	return nil
+}
+
+// lengths is a handler that looks at every argument.
+func lengths(_ context.Context, m *Message, a *Actions) error {
+	n := 0
+	for name, v := range m.Args() {
+		n += len(name) + len(v.Bytes())
+	}
+	if v, ok := m.Lookup("header-3"); ok {
+		a.SetVar(ScopeTxn, "third", v)
+	}
+	a.SetVar(ScopeTxn, "length", Int64(int64(n)))
+	return nil
+}
+
+var (
+	ipMessage    = NewMessage("check-client-ip", Arg{"ip", Addr(netip.MustParseAddr("192.0.2.42"))})
+	eightStrings = func() *Message {
+		var args []Arg
+		for i := range 8 {
+			args = append(args, Arg{"header-" + strconv.Itoa(i), String(strings.Repeat("v", 10*i))})
+		}
+		return NewMessage("check-request", args...)
+	}()
+)
+
+// From frame to frame nothing is allocated, wherever handlers run. A handler
+// timeout costs one allocation, the context.
+func TestWorkersAllocs(t *testing.T) {
+	if raceEnabled() {
+		t.Skip("a sync.Pool drops things at random under the race detector")
+	}
+	var handled atomic.Int64
+	hooks := WithHooks(Hooks{Handled: func(string, time.Duration, error) { handled.Add(1) }})
+	for _, tt := range []struct {
+		name string
+		opts []Option
+		want float64
+	}{
+		{"plain", nil, 0},
+		{"hooks", []Option{hooks}, 0},
+		{"timeout", []Option{WithHandlerTimeout(time.Minute), hooks}, 1},
+	} {
+		for _, msg := range []*Message{ipMessage, eightStrings} {
+			for place, left := range map[string]int{"inline": 0, "spread": math.MaxInt} {
+				t.Run(tt.name+"/"+msg.Name()+"/"+place, func(t *testing.T) {
+					l, err := net.Listen("tcp", "127.0.0.1:0")
+					if err != nil {
+						t.Fatal(err)
+					}
+					var c *conn
+					b := newBed(t, l, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
+						WithHandlerFunc("place", func(context.Context, *Message, *Actions) error {
+							c.pace.left = left // by the reader, whose it is
+							return nil
+						}))...)
+					p := b.quietPeer()
+					for c = range b.Agent.conns {
+					}
+					var ack []byte
+					ask := func(frame []byte) func() {
+						p.send(frame)
+						f, err := frameFrom(p.r)
+						if err != nil {
+							t.Fatal(err)
+						}
+						ack = appendAck(nil, flagFIN, f.stream, f.id, f.payload)
+						buf := make([]byte, len(ack))
+						return func() {
+							if _, err := p.nc.Write(frame); err != nil {
+								t.Fatal(err)
+							}
+							if _, err := io.ReadFull(p.nc, buf); err != nil || !bytes.Equal(ack, buf) {
+								t.Fatalf("want %x, have %x, error %v", ack, buf, err)
+							}
+						}
+					}
+					ask(notifyOf(0, 0, NewMessage("place")))
+					once := ask(notifyOf(1000, 1, msg))
+					for range 100 {
+						once()
+					}
+					if have := testing.AllocsPerRun(2000, once); have > tt.want {
+						t.Errorf("want %v allocations, have %v", tt.want, have)
+					}
+				})
+			}
+		}
+	}
+}
+
+// A connection that was used, also by a burst, and is idle again takes no more
+// than 8 KiB besides its goroutine.
+func TestIdleMemory(t *testing.T) {
+	conns, most := 5000, uint64(8<<10)
+	if testing.Short() || raceEnabled() {
+		conns = 500
+	}
+	heap := func() uint64 {
+		for range 3 { // a sync.Pool lives longer than one
+			runtime.GC()
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	synctest.Test(t, func(t *testing.T) {
+		l := newMemListener()
+		newBed(t, l, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths))
+		greeting := appendHello(nil, frameHAProxyHello, &hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining"})
+		burst := notifyOf(1, 1, ipMessage)
+		for id := range uint64(100) {
+			burst = append(burst, notifyOf(1, id, eightStrings)...)
+		}
+		burst = append(burst, notifyOf(9, 9, NewMessage("check-request", Arg{"large", String(strings.Repeat("x", 12<<10))}))...)
+		ends := make([][2]net.Conn, conns)
+		for i := range ends {
+			ends[i][0], ends[i][1] = net.Pipe()
+		}
+		before := heap()
+		for _, e := range ends {
+			l.offer(t, e[1])
+			read := func(frames int) {
+				r := bufio.NewReader(e[0])
+				for range frames {
+					if _, err := frameFrom(r); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			e[0].Write(greeting)
+			read(1)
+			go e[0].Write(burst)
+			read(102)
+		}
+		time.Sleep(3 * shrinkIn)
+		synctest.Wait()
+		after := heap()
+		have := (after - before) / uint64(conns)
+		if have > most {
+			t.Errorf("want at most %d bytes, have %d", most, have)
+		}
+		for _, e := range ends {
+			e[0].Close()
+		}
 	})
 }

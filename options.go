@@ -197,10 +197,18 @@ func WithHandlerTimeout(d time.Duration) Option {
 	}
 }
 
+// maxFaultVar also leaves room for other actions in the smallest frame.
+const maxFaultVar = 63
+
 // WithFaultVar has an ACK whose handler failed set this variable to "error",
-// "panic", "timeout" or "overload". It is absent from others.
+// "panic", "timeout" or "overload". It is absent from others. HAProxy takes
+// names of up to 63 bytes, scope and var-prefix included.
 func WithFaultVar(s Scope, name string) Option {
 	return func(o *options) {
+		if len(name) > maxFaultVar {
+			o.bad("WithFaultVar: name of %d bytes: want at most %d", len(name), maxFaultVar)
+			return
+		}
 		for f := faultNone + 1; f < faultCount; f++ {
 			var a Actions
 			a.SetVar(s, name, String(f.String()))

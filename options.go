@@ -66,6 +66,15 @@ func atLeast[N int | time.Duration](o *options, option string, n, least N) {
 	}
 }
 
+// maxTimeout is as good as none; sums with it don't overflow.
+const maxTimeout = 100 * 365 * 24 * time.Hour
+
+// timeout returns d, of which it notes if it is too short.
+func (o *options) timeout(option string, d, least time.Duration) time.Duration {
+	atLeast(o, option, d, least)
+	return min(d, maxTimeout)
+}
+
 // WithHandler has h answer the messages of that name: the name of the
 // spoe-message section in HAProxy's configuration. Each name has one handler.
 func WithHandler(message string, h Handler) Option {
@@ -160,8 +169,7 @@ func WithRotation(notifies int) Option {
 // later frame once that has begun: 10 s by default.
 func WithHelloTimeout(d time.Duration) Option {
 	return func(o *options) {
-		atLeast(o, "WithHelloTimeout", d, 1)
-		o.helloTimeout = d
+		o.helloTimeout = o.timeout("WithHelloTimeout", d, 1)
 	}
 }
 
@@ -170,8 +178,7 @@ func WithHelloTimeout(d time.Duration) Option {
 // its clients are.
 func WithIdleTimeout(d time.Duration) Option {
 	return func(o *options) {
-		atLeast(o, "WithIdleTimeout", d, 1)
-		o.idleTimeout = d
+		o.idleTimeout = o.timeout("WithIdleTimeout", d, 1)
 	}
 }
 
@@ -179,8 +186,7 @@ func WithIdleTimeout(d time.Duration) Option {
 // connection is closed, within a quarter: 10 s by default.
 func WithWriteTimeout(d time.Duration) Option {
 	return func(o *options) {
-		atLeast(o, "WithWriteTimeout", d, 1)
-		o.writeTimeout = d
+		o.writeTimeout = o.timeout("WithWriteTimeout", d, 1)
 	}
 }
 
@@ -192,8 +198,7 @@ func WithWriteTimeout(d time.Duration) Option {
 // without a call of its handler. Off by default.
 func WithHandlerTimeout(d time.Duration) Option {
 	return func(o *options) {
-		atLeast(o, "WithHandlerTimeout", d, time.Millisecond)
-		o.handlerTimeout = d
+		o.handlerTimeout = o.timeout("WithHandlerTimeout", d, time.Millisecond)
 	}
 }
 

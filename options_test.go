@@ -70,6 +70,23 @@ func TestBadOptions(t *testing.T) {
 	a.Close()
 }
 
+// The longest time there is means for ever.
+func TestLongestTimeouts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const forever = math.MaxInt64
+		_, ln := startMem(t, withNumbered(), WithHelloTimeout(forever), WithIdleTimeout(forever), WithWriteTimeout(forever), WithHandlerTimeout(forever))
+		h := ln.dial(t)
+		<-time.After(24 * time.Hour)
+		h.hello()
+		h.wantAnswers()
+		<-time.After(24 * time.Hour)
+		h.send(notifyFrame(1, 1)[:9])
+		<-time.After(24 * time.Hour)
+		h.send(notifyFrame(1, 1)[9:])
+		h.wantAck(1, 1)
+	})
+}
+
 // A connection is closed after so many NOTIFYs, and not before all of them are
 // answered.
 func TestRotation(t *testing.T) {

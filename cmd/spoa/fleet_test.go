@@ -118,11 +118,10 @@ func TestE2EFleetKill(t *testing.T) {
 		h := startFleet(t, bin, addrs)
 
 		const clients = 9
-		var answers atomic.Int64
-		var lost [clients]int
+		var answers, lost atomic.Int64
 		var wg sync.WaitGroup
 		stop := make(chan struct{})
-		for i := range clients {
+		for range clients {
 			wg.Go(func() {
 				c := loopback()
 				for {
@@ -137,7 +136,7 @@ func TestE2EFleetKill(t *testing.T) {
 						t.Errorf("HAProxy has not answered: %v", err)
 						return
 					case resp.StatusCode == http.StatusServiceUnavailable:
-						lost[i]++
+						lost.Add(1)
 					case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusForbidden:
 						t.Errorf("status %d", resp.StatusCode)
 					}
@@ -153,19 +152,22 @@ func TestE2EFleetKill(t *testing.T) {
 		agents[1].stop(syscall.SIGKILL)
 		more(300)
 		h.awaitFleet(t, "UP", "DOWN", "UP")
+		held := lost.Load()
 		more(300)
 		startAgent(t, addrs[1], "-t", "5ms")
 		h.awaitFleet(t, "UP", "UP", "UP")
 		more(300)
 		close(stop)
 		wg.Wait()
-		total := 0
-		for i, n := range lost {
-			if total += n; n > 1 { // a client waits for one answer at a time
-				t.Errorf("client %d has lost %d requests, want 1 at most", i, n)
-			}
+		// Each client waits for one answer at a time, but its next request may meet a socket that the dying process has
+		// not closed yet. HAProxy up to 3.0 gives up what is queued, too, if it was a thread's last connection.
+		if held > 2*clients {
+			t.Errorf("%d requests lost when the agent was killed, want no more than those under way", held)
 		}
-		t.Logf("%d of %d requests lost", total, answers.Load())
+		if n := lost.Load() - held; n > 0 {
+			t.Errorf("%d requests lost later, want none", n)
+		}
+		t.Logf("%d of %d requests lost", held, answers.Load())
 	})
 }
 

@@ -1187,3 +1187,301 @@ func TestIdleMemory(t *testing.T) {
 		}
 	})
 }
+
+// Each message has its handler, or the fallback, or none.
+func TestHandlers(t *testing.T) {
+	fallback := func(_ context.Context, m *Message, a *Actions) error {
+		a.SetVar(ScopeReq, "fallback", String(m.Name()))
+		return nil
+	}
+	var r record
+	opts := []Option{WithHandlerFunc("echo", echo), r.hook()}
+	everyplace(t, append(opts, WithFallback(HandlerFunc(fallback))), func(t *testing.T, b *bed, p *peer, _ *gates) {
+		r.list = nil
+		p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
+		p.want(1, 1, "set-var req.fallback string a,"+sets("echo", "x")+",set-var req.fallback string b")
+		p.wantNone()
+		r.want(t, "place: <nil>", "a: <nil>", "echo: <nil>", "b: <nil>")
+	})
+
+	var lines logLines
+	opts = append(opts, WithFaultVar(ScopeTxn, "fault"), WithLogger(&lines))
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		r.list = nil
+		lines.forget()
+		for id := range uint64(3) {
+			p.send(notifyOf(1, id, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
+			p.want(1, id, sets("echo", "x"))
+			p.wantNone()
+			r.want(t, "place: <nil>", "a: spoa: no handler for this message", "echo: <nil>", "b: spoa: no handler for this message")
+		}
+		for _, name := range []string{"a", "b"} {
+			if have := lines.with("level=warn", "message="+name, "handled=echo,place,wait"); len(have) != 1 {
+				t.Errorf("want one warning of message %s, have %q", name, have)
+			}
+		}
+		// A peer can invent any number of names.
+		for id := range uint64(2 * maxUnknown) {
+			p.send(notifyOf(2, id, NewMessage("invented-"+strconv.FormatUint(id, 10))))
+			p.want(2, id, "")
+		}
+		if have := lines.with("no handler"); len(have) != maxUnknown {
+			t.Errorf("want %d warnings, have %d", maxUnknown, len(have))
+		}
+	})
+}
+
+// A message that fails loses its own actions, and no other.
+func TestHandlerFaults(t *testing.T) {
+	own := errors.New("own")
+	type done struct {
+		message string
+		err     error
+	}
+	var mu sync.Mutex
+	var told []done
+	fail := func(end func(a *Actions) error) HandlerFunc {
+		return func(_ context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeTxn, "of."+m.Name(), Bool(true))
+			return end(a)
+		}
+	}
+	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
+		WithHandler("error", fail(func(*Actions) error { return fmt.Errorf("wrapped: %w", own) })),
+		WithHandler("panic", fail(func(*Actions) error { panic(own) })),
+		WithHandler("panic with text", fail(func(*Actions) error { panic("text") })),
+		WithHandler("panic with nil", fail(func(*Actions) error { panic(nil) })),
+		WithHandler("timeout", fail(func(*Actions) error { return fmt.Errorf("wrapped: %w", context.DeadlineExceeded) })),
+		WithHandler("goexit", fail(func(*Actions) error { runtime.Goexit(); return nil })),
+		WithHandler("actions", fail(func(a *Actions) error {
+			a.SetVar(ScopeTxn, "", Bool(true))
+			a.SetVar(ScopeTxn, "large", String(strings.Repeat("x", 17000)))
+			a.SetVar(ScopeTxn, "fits", Bool(true))
+			return nil
+		})),
+		WithHandler("actions returned", fail(func(a *Actions) error {
+			a.SetVar(ScopeTxn, "", Bool(true))
+			return a.Err()
+		})),
+		WithHooks(Hooks{Handled: func(message string, _ time.Duration, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			told = append(told, done{message, err})
+		}})}
+	set := func(name string) string { return "set-var txn." + name + " bool true" }
+	for _, tt := range []struct {
+		message, fault, actions string
+		is                      error
+	}{
+		{"error", "error", "", own},
+		{"panic", "panic", "", own},
+		{"panic with text", "panic", "", nil},
+		{"panic with nil", "panic", "", new(runtime.PanicNilError)},
+		{"timeout", "timeout", "", context.DeadlineExceeded},
+		{"goexit", "error", "", errGoexit},
+		{"actions", "error", set("of.actions") + "," + set("fits"), nil},
+		{"actions returned", "error", "", nil},
+	} {
+		t.Run(tt.message, func(t *testing.T) {
+			everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+				for id := range uint64(3) {
+					told = nil
+					p.send(notifyOf(1, id, NewMessage("place"), echoed("before"), NewMessage(tt.message), echoed("after")))
+					want := []string{sets("echo", "before"), tt.actions, sets("echo", "after"), sets("fault", tt.fault)}
+					if tt.message == "goexit" {
+						want[2] = "" // there is no goroutine to call it
+					}
+					p.want(1, id, strings.Join(slices.DeleteFunc(want, func(s string) bool { return s == "" }), ","))
+					p.wantNone()
+					if len(told) < 3 || told[2].message != tt.message || told[2].err == nil {
+						t.Fatalf("want Handled told of the error, have %v", told)
+					}
+					err := told[2].err
+					if target := new(runtime.PanicNilError); tt.is != nil && !errors.Is(err, tt.is) && !errors.As(err, &target) {
+						t.Errorf("want %v, have %v", tt.is, err)
+					}
+					var pe *PanicError
+					if want, have := tt.fault == "panic", errors.As(err, &pe); want != have {
+						t.Errorf("want a PanicError: %v, have %v", want, err)
+					}
+					if pe != nil && (!strings.Contains(string(pe.Stack), "TestHandlerFaults") ||
+						!strings.HasPrefix(pe.Error(), "spoa: handler panicked: ")) {
+						t.Errorf("want the stack of the panic, have %v\n%s", pe, pe.Stack)
+					}
+					// No fault, no variable.
+					p.send(notifyOf(2, id, NewMessage("place"), echoed("good"), NewMessage("none")))
+					p.want(2, id, sets("echo", "good"))
+				}
+			})
+		})
+	}
+}
+
+// Handlers of inline calls, of those handed over and of spread ones together
+// are no more than WithWorkers allows, and as many if there is work.
+func TestWorkersBound(t *testing.T) {
+	for _, n := range []int{1, 2, 5} {
+		var now, most atomic.Int64
+		gate := new(chan struct{})
+		opts := []Option{WithWorkers(n), WithHandlerFunc("hold", func(context.Context, *Message, *Actions) error {
+			defer now.Add(-1)
+			most.Store(max(most.Load(), now.Add(1)))
+			<-*gate
+			return nil
+		})}
+		bubble(t, opts, func(t *testing.T, b *bed) {
+			*gate = make(chan struct{})
+			var peers []*peer
+			for range 4 {
+				peers = append(peers, b.peer())
+			}
+			const each = 10
+			for _, p := range peers {
+				var frames [][]byte
+				for id := range uint64(each) {
+					frames = append(frames, notifyOf(1, id, NewMessage("hold")))
+				}
+				p.send(frames...)
+			}
+			for left := each * len(peers); left > 0; left-- {
+				time.Sleep(3 * stallAfter)
+				synctest.Wait()
+				if want, have := int64(min(n, left)), now.Load(); want != have {
+					t.Errorf("want %d handlers at once, have %d", want, have)
+				}
+				*gate <- struct{}{}
+			}
+			for _, p := range peers {
+				for range each {
+					<-p.answers
+				}
+			}
+			synctest.Wait()
+			if want, have := int64(n), most.Load(); want != have {
+				t.Errorf("want %d handlers at once, have had %d", want, have)
+			}
+			if want, have := int64(n), b.workers.free.Load(); want != have {
+				t.Errorf("want leave for %d, have %d", want, have)
+			}
+		})
+	}
+}
+
+func TestPace(t *testing.T) {
+	const quick, slow = slowCall, slowCall + 1
+	type step func(p *pace)
+	batch := func(calls int, each time.Duration, waited bool) step {
+		return func(p *pace) { p.batch(calls, time.Duration(calls)*each, waited) }
+	}
+	stall := step((*pace).stalled)
+	for _, tt := range []struct {
+		name  string
+		steps []step
+		want  int // NOTIFYs spread then
+	}{
+		{"new", nil, 0},
+		{"quick", []step{batch(20, quick, true)}, 0},
+		{"one slow batch", []step{batch(20, slow, true)}, 0},
+		{"two slow batches", []step{batch(20, slow, true), batch(1, slow, true)}, spreadRun},
+		{"nobody waited", []step{batch(1, slow, false), batch(1, slow, false), batch(1, slow, false)}, 0},
+		{"a quick one between", []step{batch(20, slow, true), batch(1, quick, true), batch(20, slow, true)}, 0},
+		{"stalled at once", []step{stall}, spreadRun},
+		{"stalled once in a while", []step{batch(stallRun, quick, true), stall, batch(stallRun, quick, true), stall}, 0},
+		{"stalled twice", []step{batch(stallRun, quick, true), stall, batch(stallRun-1, quick, true), stall}, spreadRun},
+	} {
+		var p pace
+		for _, step := range tt.steps {
+			step(&p)
+		}
+		have := 0
+		for !p.inline() {
+			have++
+		}
+		if tt.want != have {
+			t.Errorf("%s: want %d spread, have %d", tt.name, tt.want, have)
+		}
+		if !p.inline() {
+			t.Errorf("%s: want calls inline from then on", tt.name)
+		}
+	}
+
+	// Is the call that is tried slow, the next ones are spread again; is it
+	// quick, that was all.
+	for _, tried := range []struct {
+		step step
+		want int
+	}{
+		{stall, spreadRun}, {batch(1, slow, true), spreadRun}, {batch(1, quick, true), 0},
+	} {
+		var p pace
+		batch(20, slow, true)(&p)
+		batch(20, slow, true)(&p)
+		for !p.inline() {
+		}
+		tried.step(&p)
+		if want, have := tried.want, p.left; want != have {
+			t.Errorf("after a run of spread ones: want %d more, have %d", want, have)
+		}
+	}
+}
+
+func TestLimiter(t *testing.T) {
+	var now time.Duration
+	l := limiter{now: func() time.Duration { return now }}
+	for _, tt := range []struct {
+		at         time.Duration
+		kind       string
+		suppressed int
+		ok         bool
+	}{
+		{0, "a", 0, true},
+		{1, "a", 0, false},
+		{2, "b", 0, true},
+		{time.Second - 1, "a", 0, false},
+		{time.Second, "a", 2, true},
+		{time.Second + 2, "a", 0, false},
+		{time.Second + 2, "b", 0, true},
+		{time.Minute, "a", 1, true},
+	} {
+		now = tt.at
+		if suppressed, ok := l.allow(tt.kind); suppressed != tt.suppressed || ok != tt.ok {
+			t.Errorf("%s at %v: want %d, %v, have %d, %v", tt.kind, tt.at, tt.suppressed, tt.ok, suppressed, ok)
+		}
+	}
+	for i := range 10_000 {
+		l.allow(strconv.Itoa(i))
+	}
+	if want, have := 1001, len(l.kinds); have > want {
+		t.Errorf("want at most %d kinds remembered, have %d", want, have)
+	}
+}
+
+func (l *logLines) forget() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines = nil
+}
+
+// A handler that takes longer than a second is warned of once, and of one name
+// no more than once a second.
+func TestSlowHandlerWarned(t *testing.T) {
+	var lines logLines
+	opts := []Option{WithLogger(&lines),
+		WithHandlerFunc("slow", func(context.Context, *Message, *Actions) error {
+			time.Sleep(10 * slowWarn)
+			return nil
+		})}
+	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+		lines.forget()
+		p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("slow")), notifyOf(1, 2, NewMessage("slow")))
+		time.Sleep(slowWarn - 2*coarseTick)
+		if have := lines.with("slow handler"); len(have) != 0 {
+			t.Errorf("want no warning yet, have %q", have)
+		}
+		<-p.answers
+		<-p.answers
+		if have := lines.with("level=warn", "slow handler", "message=slow"); len(have) != 1 {
+			t.Errorf("want one warning, have %q", have)
+		}
+	})
+}

@@ -62,6 +62,7 @@ type Agent struct {
 	notified   atomic.Bool   // a NOTIFY has come
 	warnSilent atomic.Bool   // none had for long, and that was logged
 	phase      atomic.Int32  // changed with mu held
+	turns      sync.Map      // of parting: host to *conn
 	quietFrom  atomic.Int64  // the clock when a drain may end at the earliest
 	emptied    chan struct{} // a drain: the last connection has gone
 	done       chan struct{} // closed when nothing is served any more
@@ -101,7 +102,7 @@ type listener struct {
 	net.Listener
 	once sync.Once
 	err  error
-	left atomic.Bool // closed by somebody else, to whom new connections don't come any more
+	left atomic.Bool // closed during a drain, and not by the agent: another process accepts now
 }
 
 func (l *listener) Close() error {
@@ -147,9 +148,9 @@ func (a *Agent) leave(l *listener) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.listeners, l)
-	l.left.Store(true)
 	phase := a.phase.Load()
 	if phase == draining {
+		l.left.Store(true)
 		for c := range a.conns {
 			if c.listener == l {
 				c.wake()
@@ -209,6 +210,7 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 
 // remove forgets a connection that has ended.
 func (a *Agent) remove(c *conn) {
+	a.turns.CompareAndDelete(c.host, c)
 	a.mu.Lock()
 	delete(a.conns, c)
 	empty := len(a.conns) == 0
@@ -228,9 +230,14 @@ func (a *Agent) remove(c *conn) {
 // none is left, the listeners are closed. With nobody connected, and no health
 // checks, Shutdown returns at once.
 //
+// If another process accepts from the same socket, or will soon, the listener
+// is to be closed once Shutdown has begun: then health checks are the other's,
+// and the listener's connections are closed at once, without a loss likewise.
+//
 // Shortly before the deadline of ctx (a tenth of what is left, a second at
-// most) reading ends, what is in flight is answered, and the connections are
-// closed. When ctx is over, Shutdown calls Close and returns the error of ctx.
+// most) the listeners are closed, and within 100 ms reading ends, also if that
+// may cost requests; what is in flight is answered. When ctx is over, Shutdown
+// calls Close and returns the error of ctx.
 func (a *Agent) Shutdown(ctx context.Context) error {
 	a.advance(draining)
 	var last <-chan time.Time
@@ -265,7 +272,8 @@ func (a *Agent) Close() error {
 
 // Actor returns the agent as an actor of an oklog/run group. Its interrupt only
 // starts a Shutdown that may take as long as grace, so that it doesn't hold up
-// the other actors' interrupts; execute returns when that is through.
+// the other actors' interrupts; execute returns when that is through. The drain
+// has begun when interrupt returns.
 func (a *Agent) Actor(l net.Listener, grace time.Duration) (execute func() error, interrupt func(error)) {
 	execute = func() error { return a.Serve(l) }
 	interrupt = func(error) {
@@ -408,6 +416,7 @@ type conn struct {
 	agent    *Agent
 	listener *listener
 	nc       net.Conn
+	host     string // of its peer
 	cancel   context.CancelFunc
 	rd       *reader // the current one
 	opened   time.Duration
@@ -459,6 +468,10 @@ const (
 func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 	c := &conn{agent: a, listener: l, nc: nc, opened: a.workers.clock(), frameSize: helloFrameSize, window: a.pipelining}
 	c.peer.Addr = nc.RemoteAddr()
+	c.host = c.peer.Addr.String()
+	if h, _, err := net.SplitHostPort(c.host); err == nil {
+		c.host = h
+	}
 	c.last = c.opened
 	c.workers = a.workers
 	c.ctx, c.cancel = context.WithCancel(a.ctx)
@@ -820,16 +833,12 @@ func (rd *reader) hello() error {
 
 // checked notes a health check.
 func (a *Agent) checked(c *conn) {
-	host := c.peer.Addr.String()
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
 	now := a.workers.clock()
 	a.mu.Lock()
 	if a.checks == nil {
 		a.checks, a.firstCheck = make(checks), now
 	}
-	a.checks.seen(host, now)
+	a.checks.seen(c.host, now)
 	silent := now-a.firstCheck >= silentAfter && !a.notified.Load()
 	a.mu.Unlock()
 	if silent && a.warnSilent.CompareAndSwap(false, true) {
@@ -1068,14 +1077,14 @@ func (rd *reader) arm() error {
 	c := rd.conn
 	a := c.agent
 	now := c.workers.clock()
-	phase := a.phase.Load()
+	phase, left := a.phase.Load(), c.listener.left.Load()
 	next, err := rd.due(now, phase)
 	if err != nil || c.armed > now && (next == 0 || c.armed <= next) && phase == serving {
 		return err // the deadline is moved once it is over, not with each frame
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if a.phase.Load() != phase {
+	if a.phase.Load() != phase || c.listener.left.Load() != left {
 		return nil // wake has set, or will set, a deadline that is past
 	}
 	c.armed = next
@@ -1136,7 +1145,11 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 		full := c.held && c.notifies.Load()-c.part.count >= partWindow
 		if c.agreed && (phase >= stopping || left || from > 0 && at(from+quietTime)) {
-			if (full || at(c.part.next)) && c.parts(now) {
+			switch {
+			case !full && !at(c.part.next):
+			case !a.turn(c):
+				c.part.next = now + partGap
+			case c.parts(now):
 				return 0, errStopping
 			}
 			at(c.part.next)
@@ -1188,7 +1201,8 @@ func (rd *reader) shrink() {
 // allows, or because all who ask are waiting. Then they leave together with the
 // AGENT-DISCONNECT, in one Write, which HAProxy deals with before it sends
 // anything. If that moment doesn't come, the answers leave, and it is tried
-// again.
+// again. The connections of a host take turns: those whom one answers ask again,
+// and may do so by another that was quiet for long enough just then.
 type parting struct {
 	until time.Duration // when to close the connection anyway; the reader's
 	next  time.Duration // when to look again; likewise
@@ -1202,6 +1216,12 @@ const (
 	partRetry  = 100 * time.Millisecond
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
+
+// turn tells whether it is c's turn among the connections of its host.
+func (a *Agent) turn(c *conn) bool {
+	who, _ := a.turns.LoadOrStore(c.host, c)
+	return who == c
+}
 
 // parts tells whether the connection can be closed now, and else what to do
 // next about it.
@@ -1220,6 +1240,7 @@ func (c *conn) parts(now time.Duration) bool {
 		c.held = false
 		c.write()
 		p.next = now + partRetry
+		c.agent.turns.CompareAndDelete(c.host, c)
 	case n-p.count >= partWindow:
 		p.next = now + tick
 	default:

@@ -34,9 +34,9 @@ func checkAddr(addr string) error {
 	return errors.New("want host:port or unix:/path")
 }
 
-// listeners opens what the configuration names, besides what systemd has
-// passed: all or none.
-func (c *config) listeners(certs *certificates) (all []net.Listener, err error) {
+// listeners opens what the configuration names, behind the first few, which
+// systemd has passed: all or none.
+func (c *config) listeners(certs *certificates) (all []net.Listener, shared int, err error) {
 	defer func() {
 		if err != nil {
 			closeAll(all)
@@ -44,7 +44,7 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 	}()
 	passed, err := fromSystemd()
 	if err != nil {
-		return passed, err
+		return passed, 0, err
 	}
 	all = passed
 	addrs := c.listen
@@ -55,13 +55,13 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 	for _, addr := range addrs {
 		if addr == bySystemd {
 			if len(passed) == 0 {
-				return all, errors.New("-listen systemd: it has passed no socket")
+				return all, 0, errors.New("-listen systemd: it has passed no socket")
 			}
 			continue
 		}
 		l, err := listen(addr, os.FileMode(c.unixMode))
 		if err != nil {
-			return all, err
+			return all, 0, err
 		}
 		all = append(all, l)
 	}
@@ -70,7 +70,7 @@ func (c *config) listeners(certs *certificates) (all []net.Listener, err error) 
 			all[i] = tls.NewListener(l, certs.config())
 		}
 	}
-	return all, nil
+	return all, len(passed), nil
 }
 
 func closeAll(all []net.Listener) {

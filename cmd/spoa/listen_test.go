@@ -373,7 +373,7 @@ func TestSystemdSockets(t *testing.T) {
 
 func TestListenersAllOrNone(t *testing.T) {
 	c := &config{listen: stringList{"127.0.0.1:0", "unix:/nonexistent/x"}}
-	if l, err := c.listeners(nil); err == nil || len(l) != 1 {
+	if l, _, err := c.listeners(nil); err == nil || len(l) != 1 {
 		t.Fatalf("want an error, have %v, %v", l, err)
 	} else if _, err := l[0].Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("want the first listener closed again, have %v", err)

@@ -404,7 +404,7 @@ func serve(c *config, stderr io.Writer) error {
 	m := newMetrics(lists, certs, message)
 	agent := c.agent(logger, checkClientIP(time.Duration(c.delay), newScorer(lists, m.judged)), m)
 	m.conns = agent.Conns
-	listeners, err := c.listeners(certs)
+	listeners, shared, err := c.listeners(certs)
 	if err != nil {
 		return err
 	}
@@ -417,9 +417,18 @@ func serve(c *config, stderr io.Writer) error {
 	}
 
 	var g run.Group
-	for _, l := range listeners {
+	for i, l := range listeners {
 		level.Info(logger).Log("msg", "listening", "addr", l.Addr(), "access", access(l, c))
-		g.Add(agent.Actor(l, c.drain))
+		execute, interrupt := agent.Actor(l, c.drain)
+		if i < shared {
+			// The next process has the socket too; until it accepts, HAProxy waits.
+			drain := interrupt
+			interrupt = func(err error) {
+				drain(err)
+				l.Close()
+			}
+		}
+		g.Add(execute, interrupt)
 	}
 	// Not run.SignalHandler, which listens only from its start to the first
 	// signal: earlier and later ones would kill the process.

@@ -1485,3 +1485,90 @@ func TestSlowHandlerWarned(t *testing.T) {
 		}
 	})
 }
+
+// In an overload, what is answered with a verdict in time stays near what the
+// workers can do. In the order of their coming all would soon be late.
+func TestOverload(t *testing.T) {
+	const (
+		workers = 4
+		took    = 5 * time.Millisecond
+		limit   = 20 * time.Millisecond
+		conns   = 10
+		lasts   = 2 * time.Second
+	)
+	capacity := workers * int(lasts/took)
+	every := lasts / time.Duration(5*capacity) // NOTIFYs come
+	var verdicts, overloads, late atomic.Int64
+	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"),
+		WithHandlerFunc("sleep", func(_ context.Context, _ *Message, a *Actions) error {
+			time.Sleep(took)
+			a.SetVar(ScopeTxn, "verdict", Bool(true))
+			return nil
+		}),
+		WithHooks(Hooks{Handled: func(_ string, took time.Duration, err error) {
+			if err == ErrOverload {
+				overloads.Add(1)
+			}
+		}})}
+	bubble(t, opts, func(t *testing.T, b *bed) {
+		var peers []*peer
+		for range conns {
+			peers = append(peers, b.peer())
+		}
+		began := time.Now()
+		due := func(i int) time.Time { return began.Add(time.Duration(i) * every) }
+		var both sync.WaitGroup
+		for n, p := range peers {
+			both.Go(func() {
+				for i := n; i < 5*capacity; i += conns {
+					time.Sleep(time.Until(due(i)))
+					p.send(notifyOf(1, uint64(i), NewMessage("sleep")))
+				}
+			})
+			both.Go(func() {
+				for i := n; i < 5*capacity; i += conns {
+					a := <-p.answers
+					waited := a.at.Sub(due(int(a.id)))
+					switch {
+					case a.actions == sets("fault", "timeout"):
+						late.Add(1)
+					case a.actions == "set-var txn.verdict bool true" && waited > limit: // before the watch came
+						late.Add(1)
+					case a.actions == "set-var txn.verdict bool true":
+						verdicts.Add(1)
+					case a.actions != sets("fault", "overload"):
+						t.Errorf("have %v after %v", a, waited)
+					}
+					if waited > limit+2*tick {
+						t.Errorf("want an answer within %v, have it after %v", limit, waited)
+					}
+				}
+			})
+		}
+		both.Wait()
+		time.Sleep(took) // for the last late handlers
+		synctest.Wait()
+
+		// The same without a deadline, in the order of their coming.
+		free := make([]time.Duration, workers)
+		fifo := 0
+		for i := range 5 * capacity {
+			at := time.Duration(i) * every
+			w := slices.Index(free, slices.Min(free))
+			free[w] = max(free[w], at) + took
+			if free[w]-at <= limit {
+				fifo++
+			}
+		}
+		share := func(n int) string { return fmt.Sprintf("%d %%", 100*n/capacity) }
+		have := int(verdicts.Load())
+		t.Logf("verdicts in time, of what the workers can do: %s; a plain queue: %s; late: %d, overloads: %d",
+			share(have), share(fifo), late.Load(), overloads.Load())
+		if want := capacity * 8 / 10; have < want {
+			t.Errorf("want at least %d verdicts in time, have %d", want, have)
+		}
+		if want, have := 5*capacity, have+int(overloads.Load()+late.Load()); want != have {
+			t.Errorf("want %d answers, have %d", want, have)
+		}
+	})
+}

@@ -1,0 +1,173 @@
+package spoa
+
+import (
+	"bufio"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+)
+
+// serveFloor answers NOTIFYs with empty ACKs and does nothing else: what an
+// agent in Go can't do without. All that has come is answered by one write.
+func serveFloor(l net.Listener) {
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer nc.Close()
+			buf, out := make([]byte, maxBuffer), make([]byte, 0, maxBuffer)
+			w := 0
+			for {
+				n, err := nc.Read(buf[w:])
+				if err != nil {
+					return
+				}
+				w += n
+				r := 0
+				for w-r >= lengthSize {
+					end := r + lengthSize + int(binary.BigEndian.Uint32(buf[r:]))
+					if end > w {
+						break
+					}
+					var f frame
+					f.parse(buf[r+lengthSize : end])
+					if f.kind == frameHAProxyHello {
+						out = appendHello(out, frameAgentHello, &hello{versions: version, frameSize: 16380, capabilities: "pipelining"})
+					} else {
+						out = appendAck(out, flagFIN, f.stream, f.id, nil)
+					}
+					r = end
+				}
+				w = copy(buf, buf[r:w])
+				if len(out) > 0 {
+					nc.Write(out)
+					out = out[:0]
+				}
+			}
+		}()
+	}
+}
+
+// load keeps NOTIFYs in flight on connections to one agent.
+type load struct {
+	conns    []net.Conn
+	readers  []*bufio.Reader
+	inFlight int
+	batch    []byte // of the NOTIFYs in flight
+}
+
+func newLoad(b *testing.B, l net.Listener, conns, inFlight int) *load {
+	ld := &load{inFlight: inFlight}
+	for i := range inFlight {
+		ld.batch = append(ld.batch, notifyOf(uint64(1000+i), 1, ipMessage)...)
+	}
+	for range conns {
+		nc, err := net.Dial(l.Addr().Network(), l.Addr().String())
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { nc.Close() })
+		nc.Write(appendHello(nil, frameHAProxyHello, &hello{versions: version, frameSize: 16380, capabilities: "pipelining"}))
+		r := bufio.NewReaderSize(nc, 16<<10)
+		if f, err := frameFrom(r); err != nil || f.kind != frameAgentHello {
+			b.Fatalf("want AGENT-HELLO, have a frame of type %d, error %v", f.kind, err)
+		}
+		ld.conns, ld.readers = append(ld.conns, nc), append(ld.readers, r)
+	}
+	return ld
+}
+
+// run has rounds batches answered on every connection, and says how long that
+// took. As HAProxy does, it sends what may be in flight, and more as answers
+// come: half of it is enough to write again.
+func (ld *load) run(b *testing.B, rounds int) time.Duration {
+	began := time.Now()
+	var wg sync.WaitGroup
+	size := len(ld.batch) / ld.inFlight
+	for i, nc := range ld.conns {
+		wg.Go(func() {
+			r := ld.readers[i]
+			if _, err := nc.Write(ld.batch); err != nil {
+				b.Error(err)
+				return
+			}
+			toSend, owed := (rounds-1)*ld.inFlight, 0
+			for range rounds * ld.inFlight {
+				head, err := r.Peek(lengthSize)
+				if err == nil {
+					_, err = r.Discard(lengthSize + int(binary.BigEndian.Uint32(head)))
+				}
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				owed++
+				if n := min(owed, toSend); n > 0 && (2*owed >= ld.inFlight || r.Buffered() == 0) && r.Buffered() < lengthSize {
+					if _, err := nc.Write(ld.batch[:n*size]); err != nil {
+						b.Error(err)
+						return
+					}
+					toSend -= n
+					owed -= n
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return time.Since(began)
+}
+
+// BenchmarkAgent is the time per NOTIFY over a network. Chunks of the agent and
+// of the floor take turns, so that both see the same machine; x-floor is how
+// many times as long the agent takes.
+func BenchmarkAgent(b *testing.B) {
+	for _, network := range []string{"tcp", "unix"} {
+		for _, conns := range []int{1, 8, 64} {
+			for _, inFlight := range []int{1, 20} {
+				b.Run(fmt.Sprintf("%s/%dx%d", network, conns, inFlight), func(b *testing.B) {
+					address := "127.0.0.1:0"
+					if network == "unix" {
+						address = filepath.Join(b.TempDir(), "spoa")
+					}
+					listen := func(suffix string) net.Listener {
+						l, err := net.Listen(network, address+suffix)
+						if err != nil {
+							b.Fatal(err)
+						}
+						return l
+					}
+					fl := listen("")
+					defer fl.Close()
+					go serveFloor(fl)
+					if network == "unix" {
+						address += "-agent"
+					}
+					al := listen("")
+					newBed(b, al, WithHandlerFunc("check-client-ip", ipScore))
+					agent, floor := newLoad(b, al, conns, inFlight), newLoad(b, fl, conns, inFlight)
+					const chunk = 4000 // NOTIFYs
+					rounds := max(1, chunk/conns/inFlight)
+					perChunk := rounds * conns * inFlight
+					agent.run(b, rounds)
+					floor.run(b, rounds)
+					var ours, theirs time.Duration
+					n := 0
+					for n < b.N {
+						ours += agent.run(b, rounds)
+						theirs += floor.run(b, rounds)
+						n += perChunk
+					}
+					b.ReportMetric(float64(ours.Nanoseconds())/float64(n), "ns/op")
+					b.ReportMetric(float64(ours)/float64(theirs), "x-floor")
+					b.ReportMetric(float64(n)/ours.Seconds(), "NOTIFY/s")
+				})
+			}
+		}
+	}
+}

@@ -20,6 +20,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -426,50 +427,66 @@ func TestFrameSizeAndRotation(t *testing.T) {
 	}
 }
 
+// pipes is a listener within a synctest bubble.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error   { close(p.done); return nil }
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
+
 // No more than -n handlers run at once.
 func TestWorkers(t *testing.T) {
-	c, err := parse([]string{"-n", "2"})
+	c, err := parse([]string{"-n", "3"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	entered, leave := make(chan struct{}, 10), make(chan struct{})
-	agent := c.agent(log.NewNopLogger(), func(context.Context, *spoa.Message, *spoa.Actions) error {
-		entered <- struct{}{}
-		<-leave
-		return nil
-	}, newMetrics(nil, nil))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	go agent.Serve(l)
-	defer agent.Close()
-	cl, err := spoa.Dial(t.Context(), "tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer cl.Close()
-	answered := make(chan error, 4)
-	for range 4 {
-		if err := cl.Start(func(_ []spoa.Action, err error) { answered <- err }, spoa.NewMessage(message)); err != nil {
+	synctest.Test(t, func(t *testing.T) {
+		var running atomic.Int64
+		leave := make(chan struct{})
+		agent := c.agent(log.NewNopLogger(), func(context.Context, *spoa.Message, *spoa.Actions) error {
+			running.Add(1)
+			defer running.Add(-1)
+			<-leave
+			return nil
+		}, newMetrics(nil, nil))
+		l := &pipes{make(chan net.Conn), make(chan struct{})}
+		go agent.Serve(l)
+		ours, theirs := net.Pipe()
+		l.conns <- theirs
+		client, err := spoa.NewClient(t.Context(), ours)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	<-entered
-	<-entered
-	leave <- struct{}{} // makes room for the third
-	<-entered
-	select {
-	case <-entered:
-		t.Error("want two at once, have three")
-	default:
-	}
-	close(leave)
-	for range 4 {
-		if err := <-answered; err != nil {
-			t.Error(err)
+		answered := make(chan error, 10)
+		for range 10 {
+			if err := client.Start(func(_ []spoa.Action, err error) { answered <- err }, spoa.NewMessage(message)); err != nil {
+				t.Fatal(err)
+			}
 		}
-	}
+		<-time.After(time.Second) // of the bubble: all that can run does
+		if n := running.Load(); n != 3 {
+			t.Errorf("want 3 handlers at once, have %d", n)
+		}
+		close(leave)
+		for range 10 {
+			if err := <-answered; err != nil {
+				t.Error(err)
+			}
+		}
+		client.Close()
+		agent.Close()
+	})
 }
 
 // Processes, with signals

@@ -234,9 +234,10 @@ func (c *call) end() bool {
 //   - A call that lasts longer than stallAfter loses the connection to another
 //     goroutine (see workers.watch); that costs a few microseconds, once, so it
 //     may be wrong: the goroutine may just have been preempted.
-//   - Two such calls within stallRun calls, or two batches in a row with more
-//     than slowCall a call while others waited, and the next spreadRun NOTIFYs go
-//     to workers. One alone proves nothing, since wall time counts preemption.
+//   - Two such calls within stallRun calls, or one among a connection's first,
+//     or two batches in a row with more than slowCall a call while others
+//     waited, and the next spreadRun NOTIFYs go to workers. One alone proves
+//     nothing, since wall time counts preemption.
 //   - After that one call is tried inline. Is it slow, the next ones are spread
 //     again: a slow handler costs its neighbours one call in spreadRun; a false
 //     alarm costs about a millisecond of CPU and is over.

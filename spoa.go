@@ -32,6 +32,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -59,10 +60,10 @@ type Agent struct {
 	conns      map[*conn]struct{}
 	checks     checks
 	firstCheck time.Duration
+	nextPart   time.Duration // when to look again who may part
 	notified   atomic.Bool   // a NOTIFY has come
 	warnSilent atomic.Bool   // none had for long, and that was logged
 	phase      atomic.Int32  // changed with mu held
-	turns      sync.Map      // of parting: host to *conn
 	quietFrom  atomic.Int64  // the clock when a drain may end at the earliest
 	emptied    chan struct{} // a drain: the last connection has gone
 	done       chan struct{} // closed when nothing is served any more
@@ -210,7 +211,6 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 
 // remove forgets a connection that has ended.
 func (a *Agent) remove(c *conn) {
-	a.turns.CompareAndDelete(c.host, c)
 	a.mu.Lock()
 	delete(a.conns, c)
 	empty := len(a.conns) == 0
@@ -674,6 +674,7 @@ var (
 	errChecked  = errors.New("health check answered")
 	errRotated  = errors.New("rotated")
 	errStopping = errors.New("agent stops")
+	errParted   = errors.New("agent stops, and has said so")
 )
 
 func (rd *reader) run() {
@@ -1145,12 +1146,10 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		}
 		full := c.held && c.notifies.Load()-c.part.count >= partWindow
 		if c.agreed && (phase >= stopping || left || from > 0 && at(from+quietTime)) {
-			switch {
-			case !full && !at(c.part.next):
-			case !a.turn(c):
-				c.part.next = now + partGap
-			case c.parts(now):
-				return 0, errStopping
+			if full || at(c.part.next) {
+				if err := c.parts(now); err != nil {
+					return 0, err
+				}
 			}
 			at(c.part.next)
 		}
@@ -1201,53 +1200,118 @@ func (rd *reader) shrink() {
 // allows, or because all who ask are waiting. Then they leave together with the
 // AGENT-DISCONNECT, in one Write, which HAProxy deals with before it sends
 // anything. If that moment doesn't come, the answers leave, and it is tried
-// again. The connections of a host take turns: those whom one answers ask again,
-// and may do so by another that was quiet for long enough just then.
+// again. Those whom one connection answers ask again, perhaps by another one: so
+// all of a host hold back, and one is closed after the other.
 type parting struct {
 	until time.Duration // when to close the connection anyway; the reader's
 	next  time.Duration // when to look again; likewise
-	began time.Duration // of holding back
-	count uint64        // of NOTIFYs, then
+	began time.Duration // of holding back; likewise
+	count uint64        // of NOTIFYs, then; likewise
+
+	// Guarded by the connection's mu.
+	seen  uint64 // NOTIFYs at the last look
+	quiet int    // looks in a row that found no more of them
+	ready bool   // to be closed, then
+	done  bool   // the AGENT-DISCONNECT is on its way
 }
 
 const (
 	partFor    = 50 * time.Millisecond // that answers are held back at most
-	partGap    = 10 * time.Millisecond // without a NOTIFY: nobody sends any more
+	partQuiet  = 10                    // looks, a tick apart, without a NOTIFY: nobody sends any more
 	partRetry  = 100 * time.Millisecond
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
 
-// turn tells whether it is c's turn among the connections of its host.
-func (a *Agent) turn(c *conn) bool {
-	who, _ := a.turns.LoadOrStore(c.host, c)
-	return who == c
-}
-
-// parts tells whether the connection can be closed now, and else what to do
-// next about it.
-func (c *conn) parts(now time.Duration) bool {
+// parts returns why the connection can be closed now, if it can, and else does
+// what is next to be done about it.
+func (c *conn) parts(now time.Duration) error {
 	p := &c.part
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch n := c.notifies.Load(); {
-	case !c.held:
+	n := c.notifies.Load()
+	if p.done {
+		c.mu.Unlock()
+		return errParted
+	}
+	// Time alone proves nothing: the agent may not have run, or the reader not
+	// have read.
+	if p.quiet++; n != p.seen {
+		p.quiet = 0
+	}
+	p.seen = n
+	p.next = now + tick
+	if !c.held {
 		c.held = true
-		p.began, p.count = now, n-uint64(c.pending)
-		p.next = now + partGap
-	case c.pending == 0 && (n-p.count >= partWindow || now-c.last >= partGap):
-		return true
-	case now-p.began >= partFor:
+		p.began, p.count, p.quiet = now, n-uint64(c.pending), 0
+	}
+	p.ready = c.pending == 0 && c.began == 0 && !c.fragment.open && (n-p.count >= partWindow || p.quiet >= partQuiet)
+	ready, over := p.ready, now-p.began >= partFor
+	if over && !ready {
 		c.held = false
 		c.write()
 		p.next = now + partRetry
-		c.agent.turns.CompareAndDelete(c.host, c)
-	case n-p.count >= partWindow:
-		p.next = now + tick
-	default:
-		p.next = min(p.began+partFor, max(c.last+partGap, now+tick))
 	}
-	return false
+	c.mu.Unlock()
+	if !ready {
+		return nil
+	}
+	for _, s := range c.agent.parted(c, now, over) {
+		s.mu.Lock()
+		s.held = false
+		n := len(s.out)
+		s.out = appendDisconnect(s.out, frameAgentDisconnect, StatusNormal, shuttingDown)
+		s.debug("sent", s.out[n:])
+		s.write()
+		s.mu.Unlock()
+	}
+	return nil
 }
+
+// parted returns the connections to be closed now, of those that come from where
+// c does, if all are ready for it, or if c can't wait any longer: one that has
+// answers, and before it those that have none. The others are to be quiet again.
+func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if now < a.nextPart {
+		return nil
+	}
+	a.nextPart = now + tick/10 // many may be waiting for one
+	var last *conn
+	for s := range a.conns {
+		if s.host != c.host || s.listener != c.listener {
+			continue
+		}
+		s.mu.Lock()
+		ready := s.part.ready && !s.part.done && s.part.seen == s.notifies.Load()
+		counts := !s.gone && s.peer.FrameSize > 0 && !s.peer.HealthCheck
+		answers := len(s.out) > 0
+		s.mu.Unlock()
+		switch {
+		case !counts:
+		case !ready && !over:
+			return nil
+		case !ready:
+		case answers:
+			last = s
+		default:
+			list = append(list, s)
+		}
+	}
+	if last != nil {
+		list = append(list, last)
+	}
+	for s := range a.conns {
+		if s.host == c.host && s.listener == c.listener {
+			s.mu.Lock()
+			s.part.done = s.part.done || slices.Contains(list, s)
+			s.part.ready, s.part.quiet = false, 0
+			s.mu.Unlock()
+		}
+	}
+	return list
+}
+
+const shuttingDown = "shutting down"
 
 // end ends the connection: what is in flight is answered if the peer can still
 // read it, it is told why, and the net.Conn is closed.
@@ -1264,7 +1328,7 @@ func (c *conn) end(rd *reader, why error) {
 	case d != nil:
 		status, message = d.Status, d.Error()
 	case why == errStopping:
-		message = "shutting down"
+		message = shuttingDown
 	case why == errRotated:
 		message = "rotated"
 	case why == io.EOF:
@@ -1275,7 +1339,7 @@ func (c *conn) end(rd *reader, why error) {
 			defer time.AfterFunc(eofGrace, c.cancel).Stop()
 		}
 	default:
-		say, wait = false, why == errChecked
+		say, wait = false, why == errChecked || why == errParted
 	}
 	if message == "" {
 		message = status.String()
@@ -1317,7 +1381,7 @@ func (c *conn) end(rd *reader, why error) {
 	if !async || left == 0 || len(c.agent.siblings(c)) == 0 {
 		c.cancel()
 	}
-	if answers && (say || why == errChecked) {
+	if answers && (say || why == errChecked || why == errParted) {
 		linger(c.nc)
 	}
 	c.nc.Close()
@@ -1344,7 +1408,7 @@ func (c *conn) ended(why error) {
 	var d *DisconnectError
 	switch {
 	case errors.As(why, &d):
-	case why == io.EOF, why == errChecked, why == errRotated, why == errStopping, errors.Is(why, net.ErrClosed),
+	case why == io.EOF, why == errChecked, why == errRotated, why == errStopping, why == errParted, errors.Is(why, net.ErrClosed),
 		errors.Is(why, syscall.ECONNRESET), errors.Is(why, syscall.EPIPE), errors.Is(why, io.ErrClosedPipe):
 		why = nil
 	}

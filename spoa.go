@@ -817,7 +817,6 @@ func (rd *reader) hello() error {
 	}
 	c.ackSize = c.frameSize - (minFrameLen - 2) - len(a.faultVars[faultOverload])
 	c.mu.Lock()
-	c.async = async
 	c.peer = Peer{c.peer.Addr, h.engineID, strings.Join(caps, ","), c.frameSize, h.healthcheck}
 	c.mu.Unlock()
 	c.engine, rd.job.engine = h.engineID, h.engineID
@@ -825,6 +824,9 @@ func (rd *reader) hello() error {
 	rd.out = appendHello(rd.out, frameAgentHello, &hello{versions: version, frameSize: uint32(c.frameSize), capabilities: c.peer.Capabilities})
 	c.debug("sent", rd.out)
 	rd.flush()
+	c.mu.Lock()
+	c.async = async // not before: siblings' ACKs would overtake the HELLO
+	c.mu.Unlock()
 	if h.healthcheck {
 		return errChecked
 	}

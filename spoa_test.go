@@ -19,6 +19,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/go-kit/log"
 	"github.com/oklog/run"
 )
 
@@ -2132,5 +2133,35 @@ func TestAsyncForwardsNoHello(t *testing.T) {
 		if want, have := 1, len(a.Conns()); want != have {
 			t.Errorf("want %d connection, have %d", want, have)
 		}
+	})
+}
+
+// No ACK of a sibling's comes before the AGENT-HELLO.
+func TestAsyncHelloFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		hellos, resume := make(chan struct{}), make(chan struct{})
+		_, ln := startMem(t, WithAsync(), WithHandler("number", g), WithDebug(true), WithLogger(log.LoggerFunc(func(kv ...any) error {
+			if strings.Contains(fmt.Sprint(kv...), "AGENT-HELLO") {
+				hellos <- struct{}{}
+				<-resume
+			}
+			return nil
+		})))
+		gone, sibling := ln.dial(t), ln.dial(t)
+		gone.send(helloFrame(offered))
+		<-hellos
+		resume <- struct{}{}
+		gone.want(frameAgentHello)
+		gone.send(notifyFrame(1, 1))
+		g.wait(t, 1)
+		gone.nc.Close()
+		synctest.Wait()
+		sibling.send(helloFrame(offered))
+		<-hellos
+		close(g.open)
+		synctest.Wait()
+		resume <- struct{}{}
+		sibling.want(frameAgentHello)
 	})
 }

@@ -210,6 +210,8 @@ type relay struct {
 	agent string
 	after func() int // how many frames until a connection is cut; nil: never by itself
 
+	forget bool // all that is counted below
+
 	mu       sync.Mutex
 	links    map[*link]bool
 	asked    map[notifyID]*link // the NOTIFYs seen, by whom
@@ -308,19 +310,20 @@ func (r *relay) judge(k *link, frame []byte) (cut bool) {
 	stream, rest := varint(frame[5:])
 	id, rest := varint(rest)
 	key := notifyID{k.engine, stream, id}
-	switch frame[0] {
-	case hello:
+	switch kind := frame[0]; {
+	case r.forget:
+	case kind == hello:
 		if _, name, ok := bytes.Cut(rest, []byte("engine-id\x08")); ok {
 			k.offered = string(name[1 : 1+name[0]])
 		}
-	case agentHello:
+	case kind == agentHello:
 		if bytes.Contains(rest, []byte("async")) {
 			k.engine = k.offered
 		}
-	case notify:
+	case kind == notify:
 		k.inFlight++
 		r.asked[key] = k
-	case ack:
+	case kind == ack:
 		from := r.asked[key]
 		if from == nil {
 			r.stray++

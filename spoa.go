@@ -1214,7 +1214,7 @@ type parting struct {
 	seen  uint64 // NOTIFYs at the last look
 	quiet int    // looks in a row that found no more of them
 	ready bool   // to be closed, then
-	done  bool   // the AGENT-DISCONNECT is on its way
+	done  bool   // its AGENT-DISCONNECT is among what is to be sent
 }
 
 const (
@@ -1259,18 +1259,16 @@ func (c *conn) parts(now time.Duration) error {
 	for _, s := range c.agent.parted(c, now, over) {
 		s.mu.Lock()
 		s.held = false
-		n := len(s.out)
-		s.out = appendDisconnect(s.out, frameAgentDisconnect, StatusNormal, shuttingDown)
-		s.debug("sent", s.out[n:])
 		s.write()
 		s.mu.Unlock()
 	}
 	return nil
 }
 
-// parted returns the connections to be closed now, of those that come from where
-// c does, if all are ready for it, or if c can't wait any longer: one that has
-// answers, and before it those that have none. The others are to be quiet again.
+// parted returns the connections that can be closed now, the last answers of
+// which are to be sent, an AGENT-DISCONNECT now among them. It looks at those that
+// come from where c does, if all are ready or c can't wait any longer, and takes
+// all that have no answers, then one that has. The others are to be quiet again.
 func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -1303,12 +1301,18 @@ func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
 		list = append(list, last)
 	}
 	for s := range a.conns {
-		if s.host == c.host && s.listener == c.listener {
-			s.mu.Lock()
-			s.part.done = s.part.done || slices.Contains(list, s)
-			s.part.ready, s.part.quiet = false, 0
-			s.mu.Unlock()
+		if s.host != c.host || s.listener != c.listener {
+			continue
 		}
+		s.mu.Lock()
+		s.part.ready, s.part.quiet = false, 0
+		if slices.Contains(list, s) {
+			s.part.done = true
+			n := len(s.out)
+			s.out = appendDisconnect(s.out, frameAgentDisconnect, StatusNormal, shuttingDown)
+			s.debug("sent", s.out[n:])
+		}
+		s.mu.Unlock()
 	}
 	return list
 }

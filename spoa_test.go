@@ -826,6 +826,85 @@ func TestShutdownNearDeadline(t *testing.T) {
 	})
 }
 
+// A listener that is closed in a drain: its connections are closed soon, one after the other, each with the answers that
+// were held back, and health checks are waited for no longer.
+func TestShutdownListenerClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, withNumbered())
+		check := ln.dial(t)
+		check.helloAs(hello{versions: "2.0", frameSize: 16380, healthcheck: true})
+		check.wantEOF()
+		idle, first, second := ln.dial(t), ln.dial(t), ln.dial(t)
+		for _, h := range []*haproxy{idle, first, second} {
+			h.hello()
+		}
+		shut := make(chan error)
+		go func() { shut <- a.Shutdown(context.Background()) }()
+		synctest.Wait()
+		first.wantAnswers() // others may have the socket, or not
+		start := time.Now()
+		ln.Close()
+		synctest.Wait()
+		ends := make(chan time.Duration)
+		for i, h := range []*haproxy{first, second} {
+			id := uint64(i + 1)
+			h.send(notifyFrame(id, id))
+			synctest.Wait()
+			go func() {
+				h.wantAck(id, id)
+				wantTook(t, "held back", start, partQuiet*tick, partFor+10*tick)
+				h.wantEnd(StatusNormal)
+				ends <- time.Since(start)
+			}()
+		}
+		one := <-ends
+		if other := <-ends; other-one < (partQuiet-1)*tick { // their looks are out of step
+			t.Errorf("connections with answers closed after %v and %v, want about %v in between", one, other, partQuiet*tick)
+		}
+		idle.wantEnd(StatusNormal)
+		if err := <-shut; err != nil {
+			t.Error(err)
+		}
+		wantTook(t, "Shutdown", start, partQuiet*tick, partFor+10*tick)
+	})
+}
+
+// A connection that is never quiet is held back for a moment only, and loses nothing.
+func TestShutdownNeverQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, withNumbered())
+		h := ln.dial(t)
+		h.hello()
+		shut := make(chan error, 1)
+		go func() { shut <- a.Shutdown(context.Background()) }()
+		synctest.Wait()
+		ln.Close()
+		var sent [200]time.Time
+		go func() {
+			for id := range sent {
+				sent[id] = time.Now()
+				h.send(notifyFrame(uint64(id), uint64(id)))
+				<-time.After(partQuiet * tick / 2)
+			}
+		}()
+		held := 0
+		for id := range sent {
+			h.wantAck(uint64(id), uint64(id))
+			wantTook(t, "an answer", sent[id], 0, partFor+2*tick)
+			if time.Since(sent[id]) > tick {
+				held++
+			}
+		}
+		if held == 0 || held > len(sent)/2 {
+			t.Errorf("%d of %d answers held back, want some", held, len(sent))
+		}
+		h.wantEnd(StatusNormal)
+		if err := <-shut; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestShutdownDuringAccept(t *testing.T) {
 	a, dial := startTCP(t, withNumbered())
 	stop := make(chan struct{})

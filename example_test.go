@@ -96,6 +96,53 @@ func ExampleAgent_Actor() {
 	// Output: time to go
 }
 
+// An agent whose successor has the same listening socket, from systemd or with
+// SO_REUSEPORT, closes its own listener once the drain has begun. So HAProxy's
+// health checks and new connections are the successor's, and a restart takes a
+// tenth of a second, without another server. A request that HAProxy sends at the
+// very moment in which its connection is closed can still be lost; where there
+// is another server, a Shutdown that leaves the listener open loses none.
+func ExampleAgent_Actor_takeover() {
+	socket, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ln, err := listenToo(socket)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	execute, drain := agent.Actor(ln, 10*time.Second)
+	var g run.Group
+	g.Add(execute, func(err error) {
+		drain(err)
+		ln.Close()
+	})
+	g.Add(func() error { return errors.New("replaced") }, func(error) {})
+	fmt.Println(g.Run())
+
+	successor := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	go successor.Serve(socket)
+	fmt.Println(spoa.Check(context.Background(), "tcp", socket.Addr().String()))
+	successor.Close()
+	// Output:
+	// replaced
+	// <nil>
+}
+
+// listenToo returns another listener of the same socket, as a process gets it
+// from systemd.
+func listenToo(l net.Listener) (net.Listener, error) {
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return net.FileListener(f)
+}
+
 // A handler is tested without a network.
 func ExampleNewMessage() {
 	m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("10.1.2.3"))})

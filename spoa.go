@@ -413,14 +413,15 @@ func (a *Agent) Conns() []ConnInfo {
 // goroutine is its reader and owns all that mu does not guard; see reader.
 type conn struct {
 	lane
-	agent    *Agent
-	listener *listener
-	nc       net.Conn
-	host     string // of its peer
-	cancel   context.CancelFunc
-	rd       *reader // the current one
-	opened   time.Duration
-	notifies atomic.Uint64
+	agent     *Agent
+	listener  *listener
+	nc        net.Conn
+	host      string // of its peer
+	cancel    context.CancelFunc
+	rd        *reader // the current one
+	opened    time.Duration
+	debugging bool
+	notifies  atomic.Uint64
 
 	// The reader's.
 	agreed     bool // the HELLOs have been exchanged
@@ -466,7 +467,8 @@ const (
 )
 
 func newConn(a *Agent, l *listener, nc net.Conn) *conn {
-	c := &conn{agent: a, listener: l, nc: nc, opened: a.workers.clock(), frameSize: helloFrameSize, window: a.pipelining}
+	c := &conn{agent: a, listener: l, nc: nc, opened: a.workers.clock(), frameSize: helloFrameSize, window: a.pipelining,
+		debugging: a.options.debug}
 	c.peer.Addr = nc.RemoteAddr()
 	c.host = c.peer.Addr.String()
 	if h, _, err := net.SplitHostPort(c.host); err == nil {
@@ -621,10 +623,15 @@ func (a *Agent) siblings(c *conn) (list []*conn) {
 	return list
 }
 
+// debug logs a frame, if that is asked for. It is short to be inlined.
 func (c *conn) debug(what string, frame []byte) {
-	if c.agent.options.debug {
-		level.Debug(c.logger()).Log("msg", what, "frame", describe(frame))
+	if c.debugging {
+		c.logFrame(what, frame)
 	}
+}
+
+func (c *conn) logFrame(what string, frame []byte) {
+	level.Debug(c.logger()).Log("msg", what, "frame", describe(frame))
 }
 
 func (c *conn) logger() log.Logger {
@@ -1211,15 +1218,17 @@ type parting struct {
 	count uint64        // of NOTIFYs, then; likewise
 
 	// Guarded by the connection's mu.
-	seen  uint64 // NOTIFYs at the last look
-	quiet int    // looks in a row that found no more of them
-	ready bool   // to be closed, then
-	done  bool   // its AGENT-DISCONNECT is among what is to be sent
+	seen  uint64        // NOTIFYs at the last look
+	quiet time.Duration // since when looks have found no more of them
+	looks int           // since then
+	ready bool          // to be closed, at the last look
+	done  bool          // its AGENT-DISCONNECT is among what is to be sent
 }
 
 const (
 	partFor    = 50 * time.Millisecond // that answers are held back at most
-	partQuiet  = 10                    // looks, a tick apart, without a NOTIFY: nobody sends any more
+	partQuiet  = 10 * time.Millisecond // without a NOTIFY: nobody sends any more
+	partLooks  = 3                     // in that time, since a process that has not run has seen nothing
 	partRetry  = 100 * time.Millisecond
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
@@ -1234,18 +1243,15 @@ func (c *conn) parts(now time.Duration) error {
 		c.mu.Unlock()
 		return errParted
 	}
-	// Time alone proves nothing: the agent may not have run, or the reader not
-	// have read.
-	if p.quiet++; n != p.seen {
-		p.quiet = 0
-	}
-	p.seen = n
 	p.next = now + tick
+	if p.looks++; n != p.seen || !c.held {
+		p.seen, p.quiet, p.looks = n, now, 0
+	}
 	if !c.held {
 		c.held = true
-		p.began, p.count, p.quiet = now, n-uint64(c.pending), 0
+		p.began, p.count = now, n-uint64(c.pending)
 	}
-	p.ready = c.pending == 0 && c.began == 0 && !c.fragment.open && (n-p.count >= partWindow || p.quiet >= partQuiet)
+	p.ready = c.pending == 0 && c.began == 0 && !c.fragment.open && (n-p.count >= partWindow || now-p.quiet >= partQuiet && p.looks >= partLooks)
 	ready, over := p.ready, now-p.began >= partFor
 	if over && !ready {
 		c.held = false
@@ -1305,7 +1311,7 @@ func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
 			continue
 		}
 		s.mu.Lock()
-		s.part.ready, s.part.quiet = false, 0
+		s.part.ready, s.part.quiet, s.part.looks = false, now, 0
 		if slices.Contains(list, s) {
 			s.part.done = true
 			n := len(s.out)

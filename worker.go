@@ -89,6 +89,8 @@ type job struct {
 	buf     []byte        // what the views point to, unless it is the reader's buffer
 	arrived time.Duration // since the workers' epoch
 	work    func()        // bound once, so that `go j.work()` allocates nothing
+	message string        // that handler is of: the guess at who handles the next
+	handler Handler
 
 	// Guarded by lane.mu.
 	prev, next *job
@@ -100,13 +102,11 @@ type job struct {
 	warned     bool   // of being slow
 }
 
-var jobs sync.Pool // of *job
-
 const maxPooled = 64 << 10 // bytes of a buffer that is kept for later
 
 // newJob returns a job that answers f. Its payload has yet to be decoded.
 func newJob(l *lane) *job {
-	j, _ := jobs.Get().(*job)
+	j, _ := l.workers.jobs.Get().(*job)
 	if j == nil {
 		j = new(job)
 		j.work = j.run
@@ -131,6 +131,7 @@ func (j *job) begin(stream, id uint64, arrived time.Duration) {
 }
 
 func (j *job) recycle() {
+	w := j.lane.workers
 	j.release()
 	if cap(j.buf) > maxPooled {
 		j.buf = nil
@@ -139,7 +140,7 @@ func (j *job) recycle() {
 		j.actions.buf = nil
 	}
 	j.lane, j.ctx, j.done = nil, nil, nil
-	jobs.Put(j)
+	w.jobs.Put(j)
 }
 
 // jobList is a list of jobs in the order of their coming.
@@ -295,7 +296,9 @@ type workers struct {
 	epoch time.Time
 	limit limiter
 
+	jobs    sync.Pool    // of *job
 	free    atomic.Int64 // handlers that may still be begun
+	_       [56]byte     // free changes with every batch, waiting is read with every call
 	waiting atomic.Int64 // jobs queued, or a little more
 
 	mu          sync.Mutex
@@ -553,13 +556,17 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 	m, a := &j.msgs[i], &j.actions
 	mark := len(a.buf)
 	a.err = nil
-	h, ok := w.handlers[m.name]
-	if !ok {
-		if h = w.fallback; h == nil {
-			w.noHandler(m)
-			j.commit(i)
-			return
+	if m.name != j.message || j.handler == nil {
+		j.message, j.handler = m.name, w.handlers[m.name]
+		if j.handler == nil {
+			j.handler = w.fallback
 		}
+	}
+	h := j.handler
+	if h == nil {
+		w.noHandler(m)
+		j.commit(i)
+		return
 	}
 	var began time.Duration
 	if w.hooks.Handled != nil {

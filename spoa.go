@@ -1251,7 +1251,8 @@ func (c *conn) parts(now time.Duration) error {
 		c.held = true
 		p.began, p.count = now, n-uint64(c.pending)
 	}
-	p.ready = c.pending == 0 && c.began == 0 && !c.fragment.open && (n-p.count >= partWindow || now-p.quiet >= partQuiet && p.looks >= partLooks)
+	quiet := n-p.count >= partWindow || now-p.quiet >= partQuiet && p.looks >= partLooks
+	p.ready = quiet && c.pending == 0 && c.began == 0 && !c.fragment.open
 	ready, over := p.ready, now-p.began >= partFor
 	if over && !ready {
 		c.held = false

@@ -852,20 +852,20 @@ func TestShutdownListenerClosed(t *testing.T) {
 			synctest.Wait()
 			go func() {
 				h.wantAck(id, id)
-				wantTook(t, "held back", start, partQuiet*tick, partFor+10*tick)
+				wantTook(t, "held back", start, partQuiet, partFor+10*tick)
 				h.wantEnd(StatusNormal)
 				ends <- time.Since(start)
 			}()
 		}
 		one := <-ends
-		if other := <-ends; other-one < (partQuiet-1)*tick { // their looks are out of step
-			t.Errorf("connections with answers closed after %v and %v, want about %v in between", one, other, partQuiet*tick)
+		if other := <-ends; other-one < partQuiet-tick { // their looks are out of step
+			t.Errorf("connections with answers closed after %v and %v, want about %v in between", one, other, partQuiet)
 		}
 		idle.wantEnd(StatusNormal)
 		if err := <-shut; err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "Shutdown", start, partQuiet*tick, partFor+10*tick)
+		wantTook(t, "Shutdown", start, partQuiet, partFor+10*tick)
 	})
 }
 
@@ -884,7 +884,7 @@ func TestShutdownNeverQuiet(t *testing.T) {
 			for id := range sent {
 				sent[id] = time.Now()
 				h.send(notifyFrame(uint64(id), uint64(id)))
-				<-time.After(partQuiet * tick / 2)
+				<-time.After(partQuiet / 2)
 			}
 		}()
 		held := 0

@@ -1229,6 +1229,7 @@ const (
 	partFor    = 50 * time.Millisecond // that answers are held back at most
 	partQuiet  = 10 * time.Millisecond // without a NOTIFY: nobody sends any more
 	partLooks  = 3                     // in that time, since a process that has not run has seen nothing
+	partFirst  = 40 * time.Millisecond // likewise, of a new connection: there is a reason for it
 	partRetry  = 100 * time.Millisecond
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
@@ -1251,7 +1252,11 @@ func (c *conn) parts(now time.Duration) error {
 		c.held = true
 		p.began, p.count = now, n-uint64(c.pending)
 	}
-	quiet := n-p.count >= partWindow || now-p.quiet >= partQuiet && p.looks >= partLooks
+	enough := partQuiet
+	if n == 0 {
+		enough = partFirst
+	}
+	quiet := n-p.count >= partWindow || now-p.quiet >= enough && p.looks >= partLooks
 	p.ready = quiet && c.pending == 0 && c.began == 0 && !c.fragment.open
 	ready, over := p.ready, now-p.began >= partFor
 	if over && !ready {

@@ -120,7 +120,8 @@ func TestE2EDrainEnds(t *testing.T) {
 
 // An agent whose listening socket the next one has too leaves at once, without another server in HAProxy, which never sees
 // it go down: what it connects meanwhile waits in the socket. But a request that HAProxy sends at the very moment when its
-// connection is closed is lost, so this wants few lost, fewer than there are clients, where a drain of seconds loses none.
+// connection is closed is lost, and with SO_REUSEPORT what waits in a socket that is closed: on a busy machine that may be
+// all that a connection carries. So this wants few lost, where a drain of seconds loses none.
 func TestE2ETakeover(t *testing.T) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
 		socket, addr := socketFile(t, "tcp", "127.0.0.1:0")
@@ -147,7 +148,7 @@ func TestE2ETakeover(t *testing.T) {
 			{"SO_REUSEPORT", shared, reusePort, true, false},
 		} {
 			t.Run(test.name, func(t *testing.T) {
-				const clients = 20
+				const clients, changes = 20, 5
 				end := test.start(t)
 				s := setup{agent: test.addr, spoe: []string{"processing 10s", "processing 3s"}}
 				if test.unchecked {
@@ -159,7 +160,7 @@ func TestE2ETakeover(t *testing.T) {
 				}
 				l := startLoad(t, h.url, clients)
 				var took []string
-				for range 5 {
+				for range changes {
 					l.more(t, 200)
 					begin := time.Now()
 					if test.overlap {
@@ -176,7 +177,7 @@ func TestE2ETakeover(t *testing.T) {
 				got := l.stop()
 				end()
 				got.checkAnswered(t)
-				if got.missing >= clients {
+				if got.missing > changes*clients/2 {
 					t.Errorf("%d of %d answers have no score; SPOE log, by status: %v", got.missing, got.requests, h.spoeLog.counts())
 				}
 				t.Logf("%d requests, %d lost; seconds of the changes: %s", got.requests, got.missing, strings.Join(took, " "))

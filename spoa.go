@@ -1016,19 +1016,24 @@ func (rd *reader) merge() {
 	rd.out = rd.out[:0]
 }
 
+// full tells whether the connection has enough to do for now. With mu held.
+func (c *conn) full() bool {
+	return !c.gone && (c.pending >= c.window || c.writing && len(c.out) > backlog)
+}
+
 // room waits until the connection may have one more NOTIFY in flight. It may
 // not if nobody is there any more for the answer.
 func (rd *reader) room() bool {
 	c := rd.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.pending >= c.window && !c.gone {
+	if c.full() {
 		c.mu.Unlock()
 		rd.pause()
 		rd.began = 0
 		c.mu.Lock()
 	}
-	for c.pending >= c.window && !c.gone {
+	for c.full() {
 		c.moved.Wait()
 	}
 	return !c.gone || c.async && c.pending < c.window

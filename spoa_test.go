@@ -1568,21 +1568,24 @@ func hooked() (Option, chan error) {
 // A peer that doesn't read costs its own connection, and bounded memory.
 func TestPeerDoesNotRead(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
-		sleep time.Duration // of the handler
-		value int           // bytes that it answers with
-		most  int32         // calls
+		name   string
+		sleep  time.Duration // of the handler
+		value  int           // bytes that it answers with
+		spread int           // NOTIFYs that go to workers
+		most   int32         // calls
 	}{
-		{"quick", 0, 10, 10000},
-		{"slow", 5 * time.Millisecond, 10, 10000},
-		{"long answers", 0, 10000, 100},
-		{"slow, long answers", 5 * time.Millisecond, 10000, 100},
+		{"quick", 0, 10, 0, 10000},
+		{"slow", 5 * time.Millisecond, 10, 0, 10000},
+		{"long answers", 0, 10000, 0, 100},
+		{"slow, long answers", 5 * time.Millisecond, 10000, 0, 100},
+		{"long answers behind a worker's", 0, 10000, 1, 100},
+		{"long answers of workers", 0, 10000, 1 << 30, 100},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				hooks, closed := hooked()
 				var calls atomic.Int32
-				_, ln := startMem(t, withNumbered(), hooks, WithWriteTimeout(4*time.Second),
+				a, ln := startMem(t, withNumbered(), hooks, WithWriteTimeout(4*time.Second),
 					WithHandlerFunc("flood", func(ctx context.Context, _ *Message, a *Actions) error {
 						calls.Add(1)
 						if tt.sleep > 0 {
@@ -1596,6 +1599,10 @@ func TestPeerDoesNotRead(t *testing.T) {
 					}))
 				nc := ln.raw(t)
 				rawHello(t, nc)
+				synctest.Wait()
+				for c := range a.conns {
+					c.pace.left = tt.spread
+				}
 				start := time.Now()
 				go func() {
 					flood := strings.Repeat(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("flood")))), 100)
@@ -2244,4 +2251,53 @@ func TestAsyncHelloFirst(t *testing.T) {
 		resume <- struct{}{}
 		sibling.want(frameAgentHello)
 	})
+}
+
+// A frame of which a byte has left is not sent again.
+func TestWholeFrames(t *testing.T) {
+	one, two := notifyFrame(1, 1), notifyFrame(2, 2)
+	for n := range len(one) + len(two) + 1 {
+		want := ""
+		switch {
+		case n == 0:
+			want = one + two
+		case n <= len(one):
+			want = two
+		}
+		if have := string(wholeFrames([]byte(one+two), n)); want != have {
+			t.Errorf("%d bytes sent: want %q, have %q", n, want, have)
+		}
+	}
+}
+
+// The context of a handler ends some time after its peer has.
+func TestContextOfHandler(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		g.heeds = true
+		ended := make(chan error, 1)
+		_, ln := startMem(t, WithHandler("number", g), WithHooks(Hooks{Handled: func(_ string, _ time.Duration, err error) { ended <- err }}))
+		h := ln.dial(t)
+		h.hello()
+		h.send(notifyFrame(1, 1))
+		g.wait(t, 1)
+		start := time.Now()
+		h.nc.Close()
+		if err := receive(t, "the handler's end", ended); err != context.Canceled {
+			t.Errorf("want %v, have %v", context.Canceled, err)
+		}
+		wantTook(t, "the handler's end", start, eofGrace, eofGrace+10*stallAfter) // the reader is to stall first
+	})
+}
+
+// What the peer has sent and nobody has read must not cost it the reason.
+func TestReasonArrives(t *testing.T) {
+	hooks, closed := hooked()
+	_, dial := startTCP(t, hooks)
+	nc := dial()
+	if _, err := io.WriteString(nc, "GET / HTTP/1.1\r\n"+strings.Repeat("x", 200000)); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, "the end", closed)
+	newHAProxy(t, nc).wantEnd(StatusFrameTooBig)
 }

@@ -60,7 +60,7 @@ type Agent struct {
 	conns      map[*conn]struct{}
 	checks     checks
 	firstCheck time.Duration
-	nextPart   time.Duration // when to look again who may part
+	partings   map[string]*partings
 	notified   atomic.Bool   // a NOTIFY has come
 	warnSilent atomic.Bool   // none had for long, and that was logged
 	phase      atomic.Int32  // changed with mu held
@@ -1221,6 +1221,7 @@ type parting struct {
 	next  time.Duration // when to look again; likewise
 	began time.Duration // of holding back; likewise
 	count uint64        // of NOTIFYs, then; likewise
+	tries int           // without success; likewise
 
 	// Guarded by the connection's mu.
 	seen  uint64        // NOTIFYs at the last look
@@ -1230,12 +1231,20 @@ type parting struct {
 	done  bool          // its AGENT-DISCONNECT is among what is to be sent
 }
 
+// partings are those of a host's connections. Guarded by the agent's mu.
+type partings struct {
+	next  time.Duration // when to look again who is ready
+	freed time.Duration // when answers that were held back have left
+	retry time.Duration // when to hold back again
+}
+
 const (
 	partFor    = 50 * time.Millisecond // that answers are held back at most
-	partQuiet  = 10 * time.Millisecond // without a NOTIFY: nobody sends any more
-	partLooks  = 3                     // in that time, since a process that has not run has seen nothing
+	partQuiet  = 20 * time.Millisecond // without a NOTIFY: nobody sends any more
+	partLooks  = 5                     // in that time, since a process that has not run has seen nothing
 	partFirst  = 40 * time.Millisecond // likewise, of a new connection: there is a reason for it
 	partRetry  = 100 * time.Millisecond
+	partTries  = 10 // for all at the same time
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
 
@@ -1263,36 +1272,40 @@ func (c *conn) parts(now time.Duration) error {
 	}
 	quiet := n-p.count >= partWindow || now-p.quiet >= enough && p.looks >= partLooks
 	p.ready = quiet && c.pending == 0 && c.began == 0 && !c.fragment.open
-	ready, over := p.ready, now-p.began >= partFor
-	if over && !ready {
-		c.held = false
-		c.write()
-		p.next = now + partRetry
-	}
+	ready := p.ready
 	c.mu.Unlock()
-	if !ready {
-		return nil
-	}
-	for _, s := range c.agent.parted(c, now, over) {
-		s.mu.Lock()
-		s.held = false
-		s.write()
-		s.mu.Unlock()
+	if over := now-p.began >= partFor; ready || over {
+		for _, s := range c.agent.part(c, now, over) {
+			s.mu.Lock()
+			s.held = false
+			s.write()
+			s.mu.Unlock()
+		}
 	}
 	return nil
 }
 
-// parted returns the connections that can be closed now, the last answers of
-// which are to be sent, an AGENT-DISCONNECT now among them. It looks at those that
-// come from where c does, if all are ready or c can't wait any longer, and takes
-// all that have no answers, then one that has. The others are to be quiet again.
-func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
+// part returns the connections the answers of which are to leave now. Those that
+// are to be closed have an AGENT-DISCONNECT among them. If all of c's host are
+// ready for that, these are all that have no answers and one that has; then the
+// others have to be quiet again. If c can't wait any longer, it is c, which is
+// closed only if it is ready and trying further is no use.
+func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if now < a.nextPart {
+	h := a.partings[c.host]
+	if h == nil {
+		h = new(partings)
+		if a.partings == nil {
+			a.partings = make(map[string]*partings)
+		}
+		a.partings[c.host] = h
+	}
+	if now < h.next && !over {
 		return nil
 	}
-	a.nextPart = now + tick/10 // many may be waiting for one
+	h.next = now + tick/10 // many may be waiting for one
+	all := true
 	var last *conn
 	for s := range a.conns {
 		if s.host != c.host || s.listener != c.listener {
@@ -1300,38 +1313,59 @@ func (a *Agent) parted(c *conn, now time.Duration, over bool) (list []*conn) {
 		}
 		s.mu.Lock()
 		ready := s.part.ready && !s.part.done && s.part.seen == s.notifies.Load()
-		counts := !s.gone && s.peer.FrameSize > 0 && !s.peer.HealthCheck
+		counts := !s.gone && s.peer.FrameSize > 0 && !s.peer.HealthCheck && (ready || s.notifies.Load() > 0)
 		answers := len(s.out) > 0
 		s.mu.Unlock()
 		switch {
 		case !counts:
-		case !ready && !over:
-			return nil
 		case !ready:
+			all = false
 		case answers:
 			last = s
 		default:
 			list = append(list, s)
 		}
 	}
-	if last != nil {
+	switch {
+	case all && last != nil:
 		list = append(list, last)
+		h.freed = now
+	case all:
+	case !over:
+		return nil
+	default:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.part.tries++; c.part.ready && now-h.freed >= partQuiet && (c.part.tries > partTries || a.phase.Load() >= stopping) {
+			c.partNow()
+		} else {
+			if now >= h.retry {
+				h.retry = now + partRetry
+			}
+			c.part.ready, c.part.next = false, h.retry
+		}
+		h.freed = now
+		return []*conn{c}
 	}
 	for s := range a.conns {
-		if s.host != c.host || s.listener != c.listener {
-			continue
+		if s.host == c.host && s.listener == c.listener {
+			s.mu.Lock()
+			s.part.ready, s.part.quiet, s.part.looks = false, now, 0
+			if slices.Contains(list, s) {
+				s.partNow()
+			}
+			s.mu.Unlock()
 		}
-		s.mu.Lock()
-		s.part.ready, s.part.quiet, s.part.looks = false, now, 0
-		if slices.Contains(list, s) {
-			s.part.done = true
-			n := len(s.out)
-			s.out = appendDisconnect(s.out, frameAgentDisconnect, StatusNormal, shuttingDown)
-			s.debug("sent", s.out[n:])
-		}
-		s.mu.Unlock()
 	}
 	return list
+}
+
+// partNow says AGENT-DISCONNECT. With mu held.
+func (c *conn) partNow() {
+	c.part.done = true
+	n := len(c.out)
+	c.out = appendDisconnect(c.out, frameAgentDisconnect, StatusNormal, shuttingDown)
+	c.debug("sent", c.out[n:])
 }
 
 const shuttingDown = "shutting down"

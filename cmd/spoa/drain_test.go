@@ -150,7 +150,7 @@ func TestE2ETakeover(t *testing.T) {
 			t.Run(test.name, func(t *testing.T) {
 				const clients, changes = 20, 5
 				end := test.start(t)
-				s := setup{agent: test.addr, spoe: []string{"processing 10s", "processing 3s"}}
+				s := setup{agent: test.addr, mayLose: true, spoe: []string{"processing 10s", "processing 3s"}}
 				if test.unchecked {
 					s.cfg = []string{" check inter 200ms fall 2 rise 1", ""}
 				}
@@ -175,6 +175,9 @@ func TestE2ETakeover(t *testing.T) {
 				}
 				l.more(t, 200)
 				got := l.stop()
+				if strings.Contains(h.out.String(), "is DOWN") {
+					t.Error("HAProxy has seen the server go down")
+				}
 				end()
 				got.checkAnswered(t)
 				if got.missing > changes*clients/2 {

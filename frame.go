@@ -754,11 +754,7 @@ func (n *notify) decode(b []byte, t *names) error {
 }
 
 func (n *notify) nextArg(name []byte, t *names) *Value {
-	if len(n.args) < cap(n.args) {
-		n.args = n.args[:len(n.args)+1]
-	} else {
-		n.args = append(n.args, Arg{})
-	}
+	n.args = oneMore(n.args)
 	a := &n.args[len(n.args)-1]
 	if a.Name != string(name) {
 		a.Name = t.intern(name)
@@ -767,16 +763,22 @@ func (n *notify) nextArg(name []byte, t *names) *Value {
 }
 
 func (n *notify) nextMessage(name []byte, t *names) *Message {
-	if len(n.msgs) < cap(n.msgs) {
-		n.msgs = n.msgs[:len(n.msgs)+1]
-	} else {
-		n.msgs = append(n.msgs, Message{})
-	}
+	n.msgs = oneMore(n.msgs)
 	m := &n.msgs[len(n.msgs)-1]
 	if m.name != string(name) {
 		m.name = t.intern(name)
 	}
 	return m
+}
+
+// oneMore lengthens s by an element, which is what it was the last time s was
+// that long.
+func oneMore[T any](s []T) []T {
+	if len(s) < cap(s) {
+		return s[:len(s)+1]
+	}
+	var zero T
+	return append(s, zero)
 }
 
 const keptArgs = 256 // slots of a notify that are kept for the next

@@ -225,10 +225,12 @@ func (a *Agent) remove(c *conn) {
 // NOTIFYs are answered as ever, also on new connections. A connection on which
 // nothing is in flight and nothing has come for a second is closed with an
 // AGENT-DISCONNECT, but if health checks are seen, not before HAProxy has
-// missed three of them; from a second later on answers of connections that are
-// still busy may be held back for 50 ms, to close these without a loss too. When
-// none is left, the listeners are closed. With nobody connected, and no health
-// checks, Shutdown returns at once.
+// missed three of them. When none is left, the listeners are closed. With nobody
+// connected, and no health checks, Shutdown returns at once.
+//
+// HAProxy up to 3.0 goes on using its connections to a server that is down. From
+// a second later on their answers may be held back for 50 ms, to close these
+// without a loss too; where HAProxy gets too little processor time that may fail.
 //
 // If another process accepts from the same socket, or will soon, the listener
 // is to be closed once Shutdown has begun: then health checks are the other's,

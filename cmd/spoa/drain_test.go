@@ -33,7 +33,24 @@ func (h *haproxy) checkNoError(t *testing.T, got tally) {
 	}
 }
 
-// Two agents that are restarted in turn, again and again, cost nothing.
+// checkDrained expects the same of agents that were drained under load, but of HAProxy up to 3.0 only that hardly anything
+// was lost: it goes on using its connections to a server that is down, and on a busy machine it may seem to have stopped
+// when it has just not run.
+func (h *haproxy) checkDrained(t *testing.T, bin haproxyBin, got tally) {
+	t.Helper()
+	if !bin.before(3, 1) {
+		h.checkNoError(t, got)
+		return
+	}
+	got.checkAnswered(t)
+	if limit := max(20, got.requests/500); got.missing > limit { // 20 are what one connection carries
+		t.Errorf("%d of %d answers have no score, want at most %d; SPOE log by status: %v",
+			got.missing, got.requests, limit, h.spoeLog.counts())
+	}
+	t.Logf("%d of %d answers have no score", got.missing, got.requests)
+}
+
+// Two agents that are restarted in turn, again and again, cost nothing; see checkDrained.
 func TestE2ERollingRestart(t *testing.T) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
 		const clients, restarts = 20, 10
@@ -63,7 +80,7 @@ func TestE2ERollingRestart(t *testing.T) {
 			agents[k] = startAgent(t, agents[k].addr, "-drain", "10s")
 			h.awaitServerNamed(t, names[k], "UP", "L7OK")
 		}
-		h.checkNoError(t, l.stop())
+		h.checkDrained(t, bin, l.stop())
 		t.Logf("%d requests; seconds of the drains: %s", l.total.requests, strings.Join(took, " "))
 	})
 }

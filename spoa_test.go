@@ -2301,3 +2301,43 @@ func TestReasonArrives(t *testing.T) {
 	receive(t, "the end", closed)
 	newHAProxy(t, nc).wantEnd(StatusFrameTooBig)
 }
+
+// Who checks an agent's health but sends it nothing has most likely forgotten something; once is enough to say so.
+func TestSilenceWarned(t *testing.T) {
+	for _, asked := range []bool{false, true} {
+		t.Run(fmt.Sprintf("asked %v", asked), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log := new(logLines)
+				_, ln := startMem(t, withNumbered(), WithLogger(log))
+				if asked {
+					h := ln.dial(t)
+					h.hello()
+					h.send(notifyFrame(1, 1))
+					h.wantAck(1, 1)
+				}
+				const warning = "no NOTIFY has ever come"
+				check := func() {
+					h := ln.dial(t)
+					h.helloAs(hello{versions: "2.0", frameSize: 16380, healthcheck: true})
+					h.wantEOF()
+				}
+				for range 30 {
+					check()
+					time.Sleep(2 * time.Second)
+				}
+				if have := log.with(warning); len(have) != 0 {
+					t.Errorf("within a minute: want no warning, have %q", have)
+				}
+				check()
+				check()
+				want := 1
+				if asked {
+					want = 0
+				}
+				if have := log.with(warning); len(have) != want {
+					t.Errorf("after a minute: want %d warnings, have %q", want, have)
+				}
+			})
+		})
+	}
+}

@@ -472,7 +472,9 @@ func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 	c := &conn{agent: a, listener: l, nc: nc, opened: a.workers.clock(), frameSize: helloFrameSize, window: a.pipelining,
 		debugging: a.options.debug}
 	c.peer.Addr = nc.RemoteAddr()
-	c.host = c.peer.Addr.String()
+	if c.peer.Addr != nil { // a net.Conn of the program's own may have none
+		c.host = c.peer.Addr.String()
+	}
 	if h, _, err := net.SplitHostPort(c.host); err == nil {
 		c.host = h
 	}

@@ -496,6 +496,14 @@ func appendKV(b []byte, name string, v Value) []byte {
 	return appendValue(appendString(b, name), v)
 }
 
+// cutKV takes a name and its value from the beginning of b.
+func cutKV(b []byte, v *Value) (name, rest []byte, ok bool) {
+	if name, rest, ok = cutString(b); ok {
+		rest, ok = cutValue(rest, v)
+	}
+	return name, rest, ok
+}
+
 // appendHello appends the HELLO of either side.
 func appendHello(b []byte, kind byte, h *hello) []byte {
 	start := len(b)
@@ -521,11 +529,9 @@ func appendHello(b []byte, kind byte, h *hello) []byte {
 func (h *hello) parse(kind byte, payload []byte) error {
 	var versions, size, caps bool
 	for b := payload; len(b) > 0; {
-		name, rest, ok := cutString(b)
 		var v Value
-		if ok {
-			b, ok = cutValue(rest, &v)
-		}
+		name, rest, ok := cutKV(b, &v)
+		b = rest
 		if !ok {
 			return fault(StatusInvalidFrame, "malformed HELLO")
 		}
@@ -591,11 +597,9 @@ func appendDisconnect(b []byte, kind byte, s Status, message string) []byte {
 func parseDisconnect(payload []byte) *DisconnectError {
 	e := &DisconnectError{Status: StatusUnknown, Remote: true}
 	for b := payload; len(b) > 0; {
-		name, rest, ok := cutString(b)
 		var v Value
-		if ok {
-			b, ok = cutValue(rest, &v)
-		}
+		name, rest, ok := cutKV(b, &v)
+		b = rest
 		if !ok {
 			break
 		}
@@ -1151,11 +1155,9 @@ func describe(b []byte) string {
 		fmt.Fprintf(&s, " %d bytes", len(f.payload))
 	default:
 		for b := f.payload; len(b) > 0; {
-			key, rest, ok := cutString(b)
 			var v Value
-			if ok {
-				b, ok = cutValue(rest, &v)
-			}
+			key, rest, ok := cutKV(b, &v)
+			b = rest
 			if !ok {
 				return s.String() + " malformed"
 			}

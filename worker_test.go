@@ -308,6 +308,7 @@ func everyplace(t *testing.T, opts []Option, f func(t *testing.T, b *bed, p *pee
 				p := b.peer()
 				place.bring(p, g)
 				f(t, b, p, g)
+				synctest.Wait() // a worker returns its leave after its ACK has left
 				if want, have := int64(b.options.workers), b.workers.free.Load(); want != have {
 					t.Errorf("want leave for %d handlers, have %d", want, have)
 				}

@@ -1151,19 +1151,21 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 	}
 	if phase >= draining {
 		// Who leaves because of its health checks does so in its own time; whose
-		// listener has been closed, at once.
+		// listener has been closed, at once. These part, even if they are quiet:
+		// HAProxy may come back to any of its connections while others are in use.
 		from, left := time.Duration(a.quietFrom.Load()), c.listener.left.Load()
 		if left {
 			from = 0
 		}
-		if at(max(c.last+quietTime, from)) {
+		parts := c.agreed && (left || from > 0)
+		if !parts && at(max(c.last+quietTime, from)) {
 			if answered {
 				return 0, errStopping
 			}
 			at(now + quietTime/4)
 		}
 		full := c.held && c.notifies.Load()-c.part.count >= partWindow
-		if c.agreed && (phase >= stopping || left || from > 0 && at(from+quietTime)) {
+		if c.agreed && phase >= stopping || parts && at(from) {
 			if full || at(c.part.next) {
 				if err := c.parts(now); err != nil {
 					return 0, err
@@ -1220,14 +1222,18 @@ func (rd *reader) shrink() {
 // anything. If that moment doesn't come, the answers leave, and it is tried
 // again. Those whom one connection answers ask again, perhaps by another one: so
 // all of a host hold back, and one is closed after the other.
+//
+// That nobody has sent for a while proves little where processes wait for the
+// processor. So as many have to wait as did in the rounds before: somebody who
+// has only not come to sending would be missing.
 type parting struct {
 	until time.Duration // when to close the connection anyway; the reader's
 	next  time.Duration // when to look again; likewise
 	began time.Duration // of holding back; likewise
-	count uint64        // of NOTIFYs, then; likewise
 	tries int           // without success; likewise
 
 	// Guarded by the connection's mu.
+	count uint64        // NOTIFYs answered when holding back began
 	seen  uint64        // NOTIFYs at the last look
 	quiet time.Duration // since when looks have found no more of them
 	looks int           // since then
@@ -1237,9 +1243,26 @@ type parting struct {
 
 // partings are those of a host's connections. Guarded by the agent's mu.
 type partings struct {
-	next  time.Duration // when to look again who is ready
-	freed time.Duration // when answers that were held back have left
-	retry time.Duration // when to hold back again
+	next   time.Duration // when to look again who is ready
+	freed  time.Duration // when answers that were held back have left
+	retry  time.Duration // when to hold back again
+	rounds int           // of holding back that are over
+	most   [partRounds]uint64
+}
+
+// waiting is told how many answers are held back, and tells whether that is as
+// many as in any of the last rounds.
+func (h *partings) waiting(n uint64) bool {
+	m := &h.most[h.rounds%partRounds]
+	*m = max(*m, n)
+	return h.rounds >= partRounds-1 && n >= slices.Max(h.most[:])
+}
+
+// roundOver has the next round begin in a moment.
+func (h *partings) roundOver(now time.Duration) {
+	h.retry = now + partRetry
+	h.rounds++
+	h.most[h.rounds%partRounds] = 0
 }
 
 const (
@@ -1248,7 +1271,8 @@ const (
 	partLooks  = 5                     // in that time, since a process that has not run has seen nothing
 	partFirst  = 40 * time.Millisecond // likewise, of a new connection: there is a reason for it
 	partRetry  = 100 * time.Millisecond
-	partTries  = 10 // for all at the same time
+	partRounds = 3  // to compare
+	partTries  = 20 // rounds, for all at the same time
 	partWindow = 20 // HAProxy's max-waiting-frames, by default
 )
 
@@ -1291,8 +1315,8 @@ func (c *conn) parts(now time.Duration) error {
 
 // part returns the connections the answers of which are to leave now. Those that
 // are to be closed have an AGENT-DISCONNECT among them. If all of c's host are
-// ready for that, these are all that have no answers and one that has; then the
-// others have to be quiet again. If c can't wait any longer, it is c, which is
+// ready for that, these are all that have no answers, or else one that has; then
+// the others have to be quiet again. If c can't wait any longer, it is c, which is
 // closed only if it is ready and trying further is no use.
 func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 	a.mu.Lock()
@@ -1309,7 +1333,8 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 		return nil
 	}
 	h.next = now + tick/10 // many may be waiting for one
-	all := true
+	all, full := true, true
+	held := uint64(0)
 	var last *conn
 	for s := range a.conns {
 		if s.host != c.host || s.listener != c.listener {
@@ -1319,6 +1344,10 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 		ready := s.part.ready && !s.part.done && s.part.seen == s.notifies.Load()
 		counts := !s.gone && s.peer.FrameSize > 0 && !s.peer.HealthCheck && (ready || s.notifies.Load() > 0)
 		answers := len(s.out) > 0
+		if s.held && !s.part.done {
+			held += s.part.seen - s.part.count
+			full = full && s.part.seen-s.part.count >= partWindow
+		}
 		s.mu.Unlock()
 		switch {
 		case !counts:
@@ -1330,11 +1359,12 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 			list = append(list, s)
 		}
 	}
+	all = (h.waiting(held) || full) && all
 	switch {
+	case all && len(list) > 0:
 	case all && last != nil:
 		list = append(list, last)
 		h.freed = now
-	case all:
 	case !over:
 		return nil
 	default:
@@ -1344,7 +1374,7 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 			c.partNow()
 		} else {
 			if now >= h.retry {
-				h.retry = now + partRetry
+				h.roundOver(now)
 			}
 			c.part.ready, c.part.next = false, h.retry
 		}

@@ -826,8 +826,8 @@ func TestShutdownNearDeadline(t *testing.T) {
 	})
 }
 
-// A listener that is closed in a drain: its connections are closed soon, one after the other, each with the answers that
-// were held back, and health checks are waited for no longer.
+// A listener that is closed in a drain: its connections are closed soon, those in use one after the other, each with the
+// answers that were held back while everybody who asks was waiting; health checks are waited for no longer.
 func TestShutdownListenerClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
@@ -837,36 +837,58 @@ func TestShutdownListenerClosed(t *testing.T) {
 		idle, first, second := ln.dial(t), ln.dial(t), ln.dial(t)
 		for _, h := range []*haproxy{idle, first, second} {
 			h.hello()
+			h.wantAnswers()
 		}
 		shut := make(chan error)
 		go func() { shut <- a.Shutdown(context.Background()) }()
 		synctest.Wait()
-		first.wantAnswers()
-		idle.wantAnswers()
 		start := time.Now()
 		ln.Close()
-		synctest.Wait()
+		var waiting atomic.Int32
 		ends := make(chan time.Duration)
-		for i, h := range []*haproxy{first, second} {
-			id := uint64(i + 1)
-			h.send(notifyFrame(id, id))
-			synctest.Wait()
-			go func() {
-				h.wantAck(id, id)
-				wantTook(t, "held back", start, partQuiet, partFor+10*tick)
-				h.wantEnd(StatusNormal)
-				ends <- time.Since(start)
-			}()
+		var others atomic.Int32
+		others.Store(1)
+		// client asks again and again until it is answered together with the end.
+		client := func(h *haproxy, pause func(n int) time.Duration) {
+			for n := 1; ; n++ {
+				<-time.After(pause(n))
+				h.send(notifyFrame(1, uint64(n)))
+				waiting.Add(1)
+				h.wantAck(1, uint64(n))
+				<-time.After(time.Microsecond) // for what is in the same Write
+				all := waiting.Add(-1)
+				select {
+				case f := <-h.frames:
+					if f.kind != frameAgentDisconnect || all != others.Load() {
+						t.Errorf("%s while %d others wait, want the end and %d", inWordsFrame(f), all, others.Load())
+					}
+					others.Add(-1)
+					ends <- time.Since(start)
+					return
+				default:
+				}
+			}
 		}
-		one := <-ends
-		if other := <-ends; other-one < partQuiet-tick { // their looks are out of step
-			t.Errorf("connections with answers closed after %v and %v, want about %v in between", one, other, partQuiet)
-		}
+		go client(first, func(int) time.Duration { return tick })
+		go client(second, func(n int) time.Duration { // for want of a processor, say
+			if n%100 < 10 {
+				return partQuiet + partQuiet/2
+			}
+			return tick
+		})
 		idle.wantEnd(StatusNormal)
+		last := time.Since(start)
+		for range 2 {
+			end := <-ends
+			if end-last < partQuiet-tick { // their looks are out of step
+				t.Errorf("connections closed after %v and %v, want about %v in between", last, end, partQuiet)
+			}
+			last = end
+		}
 		if err := <-shut; err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "Shutdown", start, partQuiet, partFor+10*tick)
+		wantTook(t, "Shutdown", start, partQuiet, 2*time.Second)
 	})
 }
 

@@ -50,13 +50,6 @@ type haproxyBin struct {
 	path, version string
 }
 
-// before tells whether bin is older than a series.
-func (bin haproxyBin) before(major, minor int) bool {
-	var a, b int
-	fmt.Sscanf(bin.version, "%d.%d", &a, &b)
-	return a < major || a == major && b < minor
-}
-
 // haproxyBins finds the programs to test with: those that SPOA_TEST_HAPROXY lists, or else the installed one.
 var haproxyBins = sync.OnceValues(func() ([]haproxyBin, error) {
 	paths := filepath.SplitList(os.Getenv("SPOA_TEST_HAPROXY"))

@@ -40,7 +40,7 @@ func serveFloor(l net.Listener) {
 					if f.kind == frameHAProxyHello {
 						out = appendHello(out, frameAgentHello, &hello{versions: version, frameSize: 16380, capabilities: "pipelining"})
 					} else {
-						out = appendAck(out, flagFIN, f.stream, f.id, nil)
+						out = appendAck(out, flagFIN, f.ids, nil)
 					}
 					r = end
 				}

@@ -38,7 +38,7 @@ const (
 )
 
 func ackFrame(stream, id uint64, actions string) string {
-	return string(appendAck(nil, flagFIN, stream, id, []byte(actions)))
+	return string(appendAck(nil, flagFIN, ids(stream, id), []byte(actions)))
 }
 
 // script is the agent's end of a connection, for a test to speak.
@@ -460,7 +460,7 @@ func TestClientNotifyOwnErrors(t *testing.T) {
 		}
 		ch := goNotify(t.Context(), c, NewMessage("m", Arg{"x", String(fits)}))
 		f := s.next()
-		s.say(string(appendAck(nil, flagFIN|flagAbort, f.stream, f.id, nil)))
+		s.say(string(appendAck(nil, flagFIN|flagAbort, ids(f.stream, f.id), nil)))
 		if a := <-ch; a.err == nil || errors.As(a.err, new(*DisconnectError)) {
 			t.Errorf("aborted: have %v", a.err)
 		}
@@ -492,7 +492,7 @@ func TestClientFaults(t *testing.T) {
 		{"even stream", ackFrame(2, 1, ""), StatusFrameIDNotFound, false},
 		{"stream 0", ackFrame(0, 0, ""), StatusFrameIDNotFound, false},
 		{"unknown frame", ackFrame(1, 2, ""), StatusFrameIDNotFound, false},
-		{"no FIN", string(appendAck(nil, 0, 1, 1, nil)), StatusNoFragmentation, false},
+		{"no FIN", string(appendAck(nil, 0, ids(1, 1), nil)), StatusNoFragmentation, false},
 		{"length 0", "\x00\x00\x00\x00", StatusInvalidFrame, false},
 		{"length 6", "\x00\x00\x00\x06\x67\x00\x00\x00\x01\x01\x01", StatusInvalidFrame, false},
 		{"over the size", "\x00\x00\x3f\xfd", StatusFrameTooBig, false}, // 16381
@@ -669,7 +669,7 @@ func scoreAgent(t *testing.T, ln net.Listener) {
 					}
 					var a Actions
 					a.SetVar(ScopeSess, "ip_score", n.msgs[0].Arg(0).Value)
-					out = appendAck(nil, flagFIN, f.stream, f.id, a.buf)
+					out = appendAck(nil, flagFIN, ids(f.stream, f.id), a.buf)
 				}
 				if _, err := conn.Write(out); err != nil {
 					t.Error(err)
@@ -836,7 +836,7 @@ func BenchmarkClient(b *testing.B) {
 		out := []byte(fullHello)
 		for readFrame(r, &f, defaultFrameSize) == nil {
 			if f.kind == frameNotify {
-				out = appendAck(out, flagFIN, f.stream, f.id, []byte(setScore))
+				out = appendAck(out, flagFIN, ids(f.stream, f.id), []byte(setScore))
 			}
 			if r.Buffered() == 0 {
 				if _, err := conn.Write(out); err != nil {
@@ -943,7 +943,7 @@ func FuzzClient(f *testing.F) {
 	f.Add([]byte(plainHello), []byte(ackFrame(1, 1, "")+ackFrame(3, 1, setScore+setScore)+normalBye))
 	f.Add([]byte(fullHello+ackFrame(1, 1, "")), []byte(ackFrame(5, 1, "\x02\x02\x00\x01x")))
 	f.Add([]byte(normalBye), []byte{})
-	f.Add([]byte(fullHello), appendAck(nil, flagFIN|flagAbort, 1, 1, nil))
+	f.Add([]byte(fullHello), appendAck(nil, flagFIN|flagAbort, ids(1, 1), nil))
 	f.Add([]byte(fullHello), []byte("\xff\xff\xff\xff"))
 	f.Fuzz(func(t *testing.T, hello, rest []byte) {
 		synctest.Test(t, func(t *testing.T) {

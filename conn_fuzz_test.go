@@ -297,7 +297,7 @@ func play(t *testing.T, setup, step byte, said []byte) {
 	hello := 0
 	for _, w := range nc.writes {
 		if err := eachFrame(strings.NewReader(string(w)), func(f frame) {
-			size := uint64(len(f.payload) + 5 + varintLen(f.stream) + varintLen(f.id))
+			size := uint64(len(f.payload) + 5 + len(ids(f.stream, f.id)))
 			switch {
 			case have.said != "":
 				t.Fatalf("%q: want nothing after AGENT-DISCONNECT, have %s", said, inWordsFrame(f))

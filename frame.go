@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -136,18 +137,6 @@ func appendVarint(b []byte, v uint64) []byte {
 	return append(b, byte(v))
 }
 
-func varintLen(v uint64) int {
-	n := 1
-	for limit := uint64(240); v >= limit && n < maxVarintLen; n++ {
-		v = (v - limit) >> 4
-		if n > 1 {
-			v >>= 3
-		}
-		limit = 128
-	}
-	return n
-}
-
 // varint decodes a varint at the beginning of b and says how many bytes it
 // takes: 0 if it is cut short, longer than 10 bytes, or beyond 64 bits.
 func varint(b []byte) (v uint64, n int) {
@@ -163,14 +152,14 @@ func longVarint(b []byte) (v uint64, n int) {
 	}
 	v = uint64(b[0])
 	shift := 4
-	for i := 1; i < len(b) && i < maxVarintLen; i++ {
-		x := uint64(b[i]) << shift
-		if x>>shift != uint64(b[i]) || v+x < v {
+	for i, c := range b[1:min(len(b), maxVarintLen)] {
+		x := uint64(c) << shift
+		if i == maxVarintLen-2 && (c >= 1<<4 || v+x < v) {
 			return 0, 0
 		}
 		v += x
-		if b[i] < 128 {
-			return v, i + 1
+		if c < 128 {
+			return v, i + 2
 		}
 		shift += 7
 	}
@@ -183,6 +172,10 @@ func appendString(b []byte, s string) []byte {
 
 // cutString takes a length and that many bytes from the beginning of b.
 func cutString(b []byte) (s, rest []byte, ok bool) {
+	if len(b) > 0 && b[0] < 240 && int(b[0]) < len(b) { // nearly all
+		end := 1 + int(b[0])
+		return b[1:end:end], b[end:], true
+	}
 	size, n := varint(b)
 	if n == 0 || size > uint64(len(b)-n) {
 		return nil, nil, false
@@ -425,11 +418,12 @@ func cutValue(b []byte, v *Value) (rest []byte, ok bool) {
 	return nil, false
 }
 
-// frame is a frame without its length; payload is a view.
+// frame is a frame without its length; ids and payload are views.
 type frame struct {
 	kind       byte
 	flags      uint32
 	stream, id uint64
+	ids        []byte // these two, as they came
 	payload    []byte
 }
 
@@ -450,7 +444,7 @@ func (f *frame) parse(b []byte) bool {
 		return false
 	}
 	f.id, m = varint(b[n:])
-	f.payload = b[n+m:]
+	f.ids, f.payload = b[:n+m], b[n+m:]
 	return m > 0
 }
 
@@ -467,10 +461,18 @@ func finishFrame(b []byte, start int) []byte {
 	return b
 }
 
-func appendAck(b []byte, flags uint32, stream, id uint64, actions []byte) []byte {
-	start := len(b)
-	b = beginFrame(b, frameAck, flags, stream, id)
-	return finishFrame(append(b, actions...), start)
+// appendAck appends the ACK of a NOTIFY, whose ids go back as they came.
+func appendAck(b []byte, flags uint32, ids, actions []byte) []byte {
+	const header = lengthSize + 1 + 4
+	start, size := len(b), header+len(ids)+len(actions)
+	b = slices.Grow(b, size)[:start+size]
+	f := b[start:]
+	binary.BigEndian.PutUint32(f, uint32(size-lengthSize))
+	f[lengthSize] = frameAck
+	binary.BigEndian.PutUint32(f[lengthSize+1:], flags)
+	copy(f[header:], ids)
+	copy(f[header+len(ids):], actions)
+	return b
 }
 
 // hello is what a HELLO of either side says (SPOE.txt 3.2.4, 3.2.5).
@@ -742,47 +744,40 @@ func (n *notify) decode(b []byte, t *names) error {
 		if !ok || len(rest) == 0 {
 			return errNotify
 		}
-		first, count := len(n.args), int(rest[0])
+		count := int(rest[0])
 		b = rest[1:]
-		for range count {
-			if name, rest, ok := cutString(b); !ok {
+		if len(b) < 2*count { // an argument has at least a name's length and a type
+			return errNotify
+		}
+		n.args = longer(n.args, count)
+		args := n.args[len(n.args)-count : len(n.args) : len(n.args)]
+		for i := range args {
+			a := &args[i]
+			name, rest, ok := cutString(b)
+			if !ok {
 				return errNotify
-			} else if b, ok = cutValue(rest, n.nextArg(name, t)); !ok {
+			}
+			if a.Name != string(name) {
+				a.Name = t.intern(name)
+			}
+			if b, ok = cutValue(rest, &a.Value); !ok {
 				return errNotify
 			}
 		}
-		m := n.nextMessage(name, t)
-		m.args, m.from = n.args[first:len(n.args):len(n.args)], n
+		n.msgs = longer(n.msgs, 1)
+		m := &n.msgs[len(n.msgs)-1]
+		if m.name != string(name) {
+			m.name = t.intern(name)
+		}
+		m.args, m.from = args, n
 	}
 	return nil
 }
 
-func (n *notify) nextArg(name []byte, t *names) *Value {
-	n.args = oneMore(n.args)
-	a := &n.args[len(n.args)-1]
-	if a.Name != string(name) {
-		a.Name = t.intern(name)
-	}
-	return &a.Value
-}
-
-func (n *notify) nextMessage(name []byte, t *names) *Message {
-	n.msgs = oneMore(n.msgs)
-	m := &n.msgs[len(n.msgs)-1]
-	if m.name != string(name) {
-		m.name = t.intern(name)
-	}
-	return m
-}
-
-// oneMore lengthens s by an element, which is what it was the last time s was
+// longer lengthens s by n elements, which are what they were the last time s was
 // that long.
-func oneMore[T any](s []T) []T {
-	if len(s) < cap(s) {
-		return s[:len(s)+1]
-	}
-	var zero T
-	return append(s, zero)
+func longer[T any](s []T, n int) []T {
+	return slices.Grow(s, n)[:len(s)+n]
 }
 
 const keptArgs = 256 // slots of a notify that are kept for the next

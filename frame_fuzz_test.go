@@ -454,7 +454,7 @@ func FuzzRoundTrip(f *testing.F) {
 			}
 		}
 		var ack frame
-		if !ack.parse(appendAck(nil, flagFIN, stream, id, acts.buf)[lengthSize:]) || ack.stream != stream || ack.id != id || ack.kind != frameAck || !ack.fin() {
+		if !ack.parse(appendAck(nil, flagFIN, ids(stream, id), acts.buf)[lengthSize:]) || ack.stream != stream || ack.id != id || ack.kind != frameAck || !ack.fin() {
 			t.Fatalf("want ACK %d %d, have %+v", stream, id, ack)
 		}
 		have := slices.Collect((&Actions{buf: ack.payload}).All())

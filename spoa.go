@@ -490,9 +490,10 @@ func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 
 // ack appends an ACK to what is to be sent. With mu held.
 func (c *conn) ack(j *job, actions, fault []byte) {
+	actions = append(actions[:len(actions):len(actions)], fault...)
 	if c.gone {
 		if c.async {
-			b := appendAck(nil, flagFIN, j.stream, j.id, append(actions[:len(actions):len(actions)], fault...))
+			b := appendAck(nil, flagFIN, j.ids, actions)
 			go c.agent.forward(c, b)
 		}
 		if c.pending == 0 {
@@ -501,21 +502,20 @@ func (c *conn) ack(j *job, actions, fault []byte) {
 		return
 	}
 	start := len(c.out)
-	b := beginFrame(c.out, frameAck, flagFIN, j.stream, j.id)
-	c.out = finishFrame(append(append(b, actions...), fault...), start)
+	c.out = appendAck(c.out, flagFIN, j.ids, actions)
 	c.debug("sent", c.out[start:])
 }
 
 // flush sends what there is, unless somebody else is at it.
 func (c *conn) flush() {
 	c.mu.Lock()
-	c.write()
+	c.write(0)
 	c.mu.Unlock()
 }
 
 // write sends what there is, unless somebody else is at it: who writes goes on
 // until nothing is left. With mu held, which it gives up meanwhile.
-func (c *conn) write() {
+func (c *conn) write(now time.Duration) {
 	if c.writing || c.held {
 		return
 	}
@@ -524,8 +524,9 @@ func (c *conn) write() {
 		b := c.out
 		c.out = c.spare[:0]
 		c.mu.Unlock()
-		n, err := c.send(b)
+		n, err := c.send(b, now)
 		c.mu.Lock()
+		now = 0
 		c.spare = b[:0]
 		if err != nil {
 			c.werr = err
@@ -536,11 +537,14 @@ func (c *conn) write() {
 	c.moved.Broadcast()
 }
 
-// send writes b, which ends or begins no frame in between, to the peer.
-func (c *conn) send(b []byte) (int, error) {
+// send writes b, which ends or begins no frame in between, to the peer. Now may
+// be 0.
+func (c *conn) send(b []byte, now time.Duration) (int, error) {
+	if now == 0 {
+		now = c.workers.clock()
+	}
 	// The deadline is moved only now and then: that costs as much as a small
 	// write does.
-	now := c.workers.clock()
 	if d := c.agent.writeTimeout; c.writeArmed < now+d {
 		c.writeArmed = now + d + d/4
 		c.nc.SetWriteDeadline(c.workers.epoch.Add(c.writeArmed))
@@ -602,7 +606,7 @@ func (a *Agent) forward(from *conn, ack []byte) {
 		c.mu.Lock()
 		if ok := !c.gone && len(ack) <= lengthSize+c.frameSize; ok {
 			c.out = append(c.out, ack...)
-			c.write()
+			c.write(0)
 			c.mu.Unlock()
 			return
 		}
@@ -654,7 +658,7 @@ type reader struct {
 	out     []byte        // ACKs of the calls made
 	leave   bool          // to run handlers
 	calls   int           // made with this leave
-	began   time.Duration // when they began
+	began   time.Duration // when they began; before the first, the time; 0: unknown
 	arrived time.Duration // when the bytes came
 }
 
@@ -871,46 +875,61 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 	if rd.calls == 0 && !rd.room() { // else there was room, and nothing has gone to workers
 		return net.ErrClosed
 	}
-	inline := c.pace.inline() && rd.allowed()
+	if !c.pace.inline() || !rd.allowed() {
+		return rd.spread(payload, whole)
+	}
 	j := rd.job
-	if !inline {
-		rd.endBatch()
-		rd.began = 0
-		j = newJob(&c.lane)
-	}
-	switch {
-	case whole: // the job has it from now on
+	if whole { // the job has it from now on
 		j.buf, c.fragment.buf = payload, j.buf[:0]
-	case !inline:
-		j.buf = append(j.buf[:0], payload...)
-		payload = j.buf
 	}
-	j.begin(f.stream, f.id, rd.arrived)
+	j.begin(f, f.ids, rd.arrived)
 	if err := j.decode(payload, &c.names); err != nil {
 		return err
-	}
-	if !inline {
-		c.workers.spread(j)
-		return nil
 	}
 	if rd.began == 0 { // what others had before doesn't count
 		rd.began = c.workers.clock()
 	}
 	rd.begin()
-	c.workers.heat(&c.lane)
+	if !c.hot.Load() {
+		c.workers.heat(&c.lane)
+	}
 	c.workers.handle(j)
 	if !rd.call.end() {
 		c.complete(j)
 		return errTaken
 	}
 	rd.calls++
+	actions := j.actions.buf
+	if j.fault != faultNone {
+		actions = append(actions, c.workers.faultVars[j.fault]...)
+	}
 	start := len(rd.out)
-	b := beginFrame(rd.out, frameAck, flagFIN, j.stream, j.id)
-	rd.out = finishFrame(append(append(b, j.actions.buf...), c.workers.faultVars[j.fault]...), start)
+	rd.out = appendAck(rd.out, flagFIN, j.ids, actions)
 	c.debug("sent", rd.out[start:])
 	if c.pace.slow {
 		rd.endBatch()
 	}
+	return nil
+}
+
+// spread has workers answer the NOTIFY in payload.
+func (rd *reader) spread(payload []byte, whole bool) error {
+	f, c := &rd.frame, rd.conn
+	rd.endBatch()
+	rd.began = 0
+	j := newJob(&c.lane)
+	if whole { // the job has it from now on
+		c.fragment.buf, j.buf = j.buf[:0], payload
+	} else {
+		j.buf = append(j.buf[:0], payload...)
+	}
+	j.buf = append(j.buf, f.ids...)
+	n := len(payload)
+	j.begin(f, j.buf[n:], rd.arrived)
+	if err := j.decode(j.buf[:n:n], &c.names); err != nil {
+		return err
+	}
+	c.workers.spread(j)
 	return nil
 }
 
@@ -942,7 +961,7 @@ func (rd *reader) fragment() error {
 		// HAProxy ends it here, or says the rest if that is on its way.
 		g.refused, g.open, g.buf = g.open, false, nil
 		start := len(rd.out)
-		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.stream, f.id, c.agent.faultVars[faultError])
+		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.ids, c.agent.faultVars[faultError])
 		c.debug("sent", rd.out[start:])
 		return nil
 	}
@@ -1002,7 +1021,7 @@ func (rd *reader) flush() {
 	c := rd.conn
 	c.mu.Lock()
 	rd.merge()
-	c.write()
+	c.write(rd.began)
 	for c.writing && len(c.out) > backlog {
 		c.moved.Wait()
 	}
@@ -1057,12 +1076,16 @@ func (rd *reader) fill() error {
 		}
 	}
 	// Time counts against the peer only while somebody reads.
-	c.last = c.workers.clock()
-	if rd.w > 0 && c.began == 0 {
-		c.began = c.last
+	now := rd.began
+	if rd.w > 0 || now <= rd.arrived {
+		now = c.workers.clock()
 	}
-	for {
-		if err := rd.arm(); err != nil {
+	c.last = now
+	if rd.w > 0 && c.began == 0 {
+		c.began = now
+	}
+	for ; ; now = c.workers.clock() {
+		if err := rd.arm(now); err != nil {
 			return err
 		}
 		n, err := c.nc.Read(rd.buf[rd.w:])
@@ -1092,14 +1115,17 @@ func (rd *reader) grow(size int) {
 
 // arm sees to it that reading ends when there is something else to do, and does
 // that if it is time.
-func (rd *reader) arm() error {
+func (rd *reader) arm(now time.Duration) error {
 	c := rd.conn
 	a := c.agent
-	now := c.workers.clock()
 	phase, left := a.phase.Load(), c.listener.left.Load()
+	// The deadline is moved once it is over, not with each frame.
+	if now < c.armed && c.armed <= now+shrinkIn && c.used && c.agreed && c.began == 0 && a.rotation == 0 && phase == serving {
+		return nil // nothing can be due before
+	}
 	next, err := rd.due(now, phase)
 	if err != nil || c.armed > now && (next == 0 || c.armed <= next) && phase == serving {
-		return err // the deadline is moved once it is over, not with each frame
+		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -1201,7 +1227,7 @@ func (rd *reader) shrink() {
 	}
 	rd.frame = frame{} // a view
 	rd.out, rd.job.buf, rd.job.actions.buf = nil, nil, nil
-	rd.job.msgs, rd.job.args = nil, nil
+	rd.job.ids, rd.job.msgs, rd.job.args = nil, nil, nil
 	if !c.fragment.open {
 		c.fragment.buf = nil
 	}
@@ -1306,7 +1332,7 @@ func (c *conn) parts(now time.Duration) error {
 		for _, s := range c.agent.part(c, now, over) {
 			s.mu.Lock()
 			s.held = false
-			s.write()
+			s.write(now)
 			s.mu.Unlock()
 		}
 	}
@@ -1442,7 +1468,7 @@ func (c *conn) end(rd *reader, why error) {
 		defer time.AfterFunc(endGrace, c.giveUp).Stop()
 		if c.pending > 0 || !say {
 			c.held = false
-			c.write()
+			c.write(0)
 		}
 	}
 	for wait && !c.gone && (c.pending > 0 || c.writing || !say && len(c.out) > 0) {
@@ -1467,7 +1493,7 @@ func (c *conn) end(rd *reader, why error) {
 	c.mu.Unlock()
 
 	if last != nil {
-		c.send(last)
+		c.send(last, 0)
 	}
 	if !async || left == 0 || len(c.agent.siblings(c)) == 0 {
 		c.cancel()

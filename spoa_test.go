@@ -292,7 +292,7 @@ func inWordsFrame(f frame) string {
 func (h *haproxy) wantAck(stream, id uint64) {
 	h.t.Helper()
 	f := h.want(frameAck)
-	want := inWordsFrame(frame{frameAck, flagFIN, stream, id, numberedActions(id)})
+	want := inWordsFrame(frame{kind: frameAck, flags: flagFIN, stream: stream, id: id, payload: numberedActions(id)})
 	if have := inWordsFrame(f); want != have {
 		h.t.Fatalf("want %s, have %s", want, have)
 	}
@@ -1457,7 +1457,7 @@ func TestAckSize(t *testing.T) {
 				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, &Message{name: "fill", args: []Arg{{"", Int64(int64(n))}}}))))
 				f := h.want(frameAck)
 				err := receive(t, "a call", errs)
-				length := 5 + varintLen(stream) + varintLen(f.id) + len(f.payload)
+				length := 5 + len(ids(stream, f.id)) + len(f.payload)
 				if length > size {
 					t.Fatalf("%d bytes of value: want an ACK of at most %d, have %d", n, size, length)
 				}
@@ -2118,7 +2118,7 @@ func TestFragmentRules(t *testing.T) {
 				h.send(s.send)
 				switch {
 				case s.refused:
-					want := inWordsFrame(frame{frameAck, flagFIN | flagAbort, s.stream, s.id, nil})
+					want := inWordsFrame(frame{kind: frameAck, flags: flagFIN | flagAbort, stream: s.stream, id: s.id})
 					if have := inWordsFrame(h.want(frameAck)); want != have {
 						t.Fatalf("want %s, have %s", want, have)
 					}

@@ -84,9 +84,10 @@ func (f faultKind) String() string {
 type job struct {
 	notify
 	lane    *lane
+	ids     []byte // of the frame, as they came
 	actions Actions
 	fault   faultKind
-	buf     []byte        // what the views point to, unless it is the reader's buffer
+	buf     []byte        // what ids and the views point to, unless it is the reader's buffer
 	arrived time.Duration // since the workers' epoch
 	work    func()        // bound once, so that `go j.work()` allocates nothing
 	message string        // that handler is of: the guess at who handles the next
@@ -121,13 +122,13 @@ func (j *job) run() {
 	j.lane.workers.handle(j)
 }
 
-// begin makes j ready for a NOTIFY.
-func (j *job) begin(stream, id uint64, arrived time.Duration) {
-	j.stream, j.id, j.arrived, j.started = stream, id, arrived, arrived
+// begin makes j ready for the NOTIFY of f; ids are f's, or a copy.
+func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
+	j.stream, j.id, j.ids = f.stream, f.id, ids
+	j.arrived, j.started = arrived, arrived
 	j.fault, j.ctx, j.done = faultNone, nil, nil
 	j.finished, j.answered, j.warned = false, false, false
-	j.actions.buf, j.actions.err = j.actions.buf[:0], nil
-	j.actions.max = j.lane.ackSize - varintLen(stream) - varintLen(id)
+	j.actions.buf, j.actions.max = j.actions.buf[:0], j.lane.ackSize-len(ids)
 }
 
 func (j *job) recycle() {
@@ -139,7 +140,7 @@ func (j *job) recycle() {
 	if cap(j.actions.buf) > maxPooled {
 		j.actions.buf = nil
 	}
-	j.lane, j.ctx, j.done = nil, nil, nil
+	j.lane, j.ids, j.ctx, j.done = nil, nil, nil, nil
 	w.jobs.Put(j)
 }
 
@@ -402,7 +403,9 @@ func (w *workers) spread(j *job) {
 		l.queued.push(j)
 	}
 	l.mu.Unlock()
-	w.heat(l)
+	if !l.hot.Load() {
+		w.heat(l)
+	}
 	if now {
 		go j.work()
 		return
@@ -497,12 +500,16 @@ func (l *lane) complete(j *job) {
 
 // handle runs the handlers of j's messages in their order.
 func (w *workers) handle(j *job) {
-	if w.handlerTimeout == 0 {
-		for i := range j.msgs {
-			w.message(j.lane.ctx, j, i)
-		}
+	if w.handlerTimeout > 0 {
+		w.handleInTime(j)
 		return
 	}
+	for i := range j.msgs {
+		w.message(j.lane.ctx, j, i)
+	}
+}
+
+func (w *workers) handleInTime(j *job) {
 	ctx := &deadline{Context: j.lane.ctx, at: w.epoch.Add(j.arrived + w.handlerTimeout)}
 	defer ctx.cancel(context.Canceled)
 	if !j.start(ctx) {
@@ -541,9 +548,6 @@ func (j *job) late() bool {
 // commit has what j's messages up to i say sent, even if the next is late. It
 // tells whether there was still time.
 func (j *job) commit(i int) bool {
-	if j.lane.workers.handlerTimeout == 0 {
-		return true
-	}
 	j.lane.mu.Lock()
 	defer j.lane.mu.Unlock()
 	j.done = j.actions.buf
@@ -565,7 +569,9 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 	h := j.handler
 	if h == nil {
 		w.noHandler(m)
-		j.commit(i)
+		if w.handlerTimeout > 0 {
+			j.commit(i)
+		}
 		return
 	}
 	var began time.Duration
@@ -573,31 +579,39 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 		began = w.clock()
 	}
 	returned := false
-	var err error
 	defer func() {
-		if !returned {
-			err = errGoexit
-			if v := recover(); v != nil {
-				err = &PanicError{v, debug.Stack()}
-			}
-			a.buf = a.buf[:mark]
+		if returned {
+			return
 		}
-		if !j.commit(i) && err == nil {
-			err = context.DeadlineExceeded
+		err := errGoexit
+		if v := recover(); v != nil {
+			err = &PanicError{v, debug.Stack()}
 		}
-		if err != nil {
-			w.failed(j, m, err)
-		}
-		if w.hooks.Handled != nil {
-			w.handled(m, w.clock()-began, err)
-		}
+		a.buf = a.buf[:mark]
+		w.returned(j, i, began, err)
 	}()
-	if err = h.ServeSPOE(ctx, m, a); err != nil {
+	err := h.ServeSPOE(ctx, m, a)
+	returned = true
+	if err != nil {
 		a.buf = a.buf[:mark]
 	} else {
 		err = a.err
 	}
-	returned = true
+	w.returned(j, i, began, err)
+}
+
+// returned deals with the end of the handler of j's message i.
+func (w *workers) returned(j *job, i int, began time.Duration, err error) {
+	if w.handlerTimeout > 0 && !j.commit(i) && err == nil {
+		err = context.DeadlineExceeded
+	}
+	m := &j.msgs[i]
+	if err != nil {
+		w.failed(j, m, err)
+	}
+	if w.hooks.Handled != nil {
+		w.handled(m, w.clock()-began, err)
+	}
 }
 
 func (w *workers) handled(m *Message, took time.Duration, err error) {
@@ -644,11 +658,9 @@ func (w *workers) noHandler(m *Message) {
 	}
 }
 
-// heat has the watch look at l, whose handlers are about to run.
+// heat has the watch look at l, which is not hot and the handlers of which are
+// about to run.
 func (w *workers) heat(l *lane) {
-	if l.hot.Load() {
-		return
-	}
 	w.watchMu.Lock()
 	if !l.hot.Swap(true) {
 		w.hot = append(w.hot, l)

@@ -467,7 +467,7 @@ func TestLateBeforeBegun(t *testing.T) {
 			t.Fatal("want leave")
 		}
 		j := newJob(l)
-		j.begin(1, 1, w.clock())
+		j.begin(&frame{stream: 1, id: 1}, ids(1, 1), w.clock())
 		if err := j.decode(appendMessage(nil, echoed("x")), &l.names); err != nil {
 			t.Fatal(err)
 		}
@@ -1107,7 +1107,7 @@ func TestWorkersAllocs(t *testing.T) {
 						if err != nil {
 							t.Fatal(err)
 						}
-						ack = appendAck(nil, flagFIN, f.stream, f.id, f.payload)
+						ack = appendAck(nil, flagFIN, ids(f.stream, f.id), f.payload)
 						buf := make([]byte, len(ack))
 						return func() {
 							if _, err := p.nc.Write(frame); err != nil {

@@ -997,20 +997,20 @@ type Actions struct {
 // ("sess.iprep.ip_score") is longer than 63 bytes, or that no rule of its
 // configuration mentions and nothing registers.
 func (a *Actions) SetVar(s Scope, name string, v Value) {
-	if n := len(a.buf); a.begin(actionSetVar, 3, s, name, len(v.s)) {
-		a.buf = appendValue(a.buf, v)
-		a.check(n, name)
+	if b, ok := a.begin(actionSetVar, 3, s, name, len(v.s)); ok {
+		a.end(appendValue(b, v), name)
 	}
 }
 
 // UnsetVar unsets a variable.
 func (a *Actions) UnsetVar(s Scope, name string) {
-	if n := len(a.buf); a.begin(actionUnsetVar, 2, s, name, 0) {
-		a.check(n, name)
+	if b, ok := a.begin(actionUnsetVar, 2, s, name, 0); ok {
+		a.end(b, name)
 	}
 }
 
-func (a *Actions) begin(action, nargs byte, s Scope, name string, size int) bool {
+// begin returns the actions with the beginning of another one.
+func (a *Actions) begin(action, nargs byte, s Scope, name string, size int) (b []byte, ok bool) {
 	switch {
 	case name == "" || len(name) > math.MaxUint8:
 		a.fail(fmt.Errorf("spoa: variable name of %d bytes: want 1 to 255", len(name)))
@@ -1019,18 +1019,18 @@ func (a *Actions) begin(action, nargs byte, s Scope, name string, size int) bool
 	case a.max > 0 && len(a.buf)+len(name)+size > a.max: // before it is copied
 		a.fail(a.tooBig(name))
 	default:
-		a.buf = appendString(append(a.buf, action, nargs, byte(s)), name)
-		return true
+		return appendString(append(a.buf, action, nargs, byte(s)), name), true
 	}
-	return false
+	return nil, false
 }
 
-// check takes the action that began at n back if it does not fit.
-func (a *Actions) check(n int, name string) {
-	if a.max > 0 && len(a.buf) > a.max {
-		a.buf = a.buf[:n]
+// end takes b for the actions, if it fits.
+func (a *Actions) end(b []byte, name string) {
+	if a.max > 0 && len(b) > a.max {
 		a.fail(a.tooBig(name))
+		return
 	}
+	a.buf = b
 }
 
 func (a *Actions) tooBig(name string) error {

@@ -1022,6 +1022,9 @@ func (rd *reader) flush() {
 	c.mu.Lock()
 	rd.merge()
 	c.write(rd.began)
+	if !c.writing {
+		rd.out, c.spare = c.spare[:0], rd.out // what has just been sent is in the cache
+	}
 	for c.writing && len(c.out) > backlog {
 		c.moved.Wait()
 	}

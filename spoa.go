@@ -32,6 +32,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -225,16 +226,18 @@ func (a *Agent) remove(c *conn) {
 // NOTIFYs are answered as ever, also on new connections. A connection on which
 // nothing is in flight and nothing has come for a second is closed with an
 // AGENT-DISCONNECT, but if health checks are seen, not before HAProxy has
-// missed three of them. When none is left, the listeners are closed. With nobody
-// connected, and no health checks, Shutdown returns at once.
+// missed three of them, and then only together with those in use. When none is
+// left, the listeners are closed. With nobody connected, and no health checks,
+// Shutdown returns at once.
 //
-// HAProxy up to 3.0 goes on using its connections to a server that is down. From
-// a second later on their answers may be held back for 50 ms, to close these
-// without a loss too; where HAProxy gets too little processor time that may fail.
+// HAProxy up to 3.0 goes on using its connections to a server that is down. Then
+// answers are held back, for 50 ms at a time, until all who ask seem to wait, and
+// leave together with the AGENT-DISCONNECT. What HAProxy sends in that very
+// moment all the same is lost.
 //
 // If another process accepts from the same socket, or will soon, the listener
 // is to be closed once Shutdown has begun: then health checks are the other's,
-// and the listener's connections are closed at once, without a loss likewise.
+// and the listener's connections are closed in that manner at once.
 //
 // Shortly before the deadline of ctx (a tenth of what is left, a second at
 // most) the listeners are closed, and within 100 ms reading ends, also if that
@@ -735,6 +738,9 @@ func (rd *reader) serve() error {
 			}
 		}
 		rd.pause()
+		if rd.conn.workers.busy.Load() {
+			runtime.Gosched()
+		}
 		if err := rd.fill(); err != nil {
 			return err
 		}
@@ -1266,6 +1272,7 @@ type parting struct {
 	seen  uint64        // NOTIFYs at the last look
 	quiet time.Duration // since when looks have found no more of them
 	looks int           // since then
+	still bool          // for quietTime
 	ready bool          // to be closed, at the last look
 	done  bool          // its AGENT-DISCONNECT is among what is to be sent
 }
@@ -1316,6 +1323,9 @@ func (c *conn) parts(now time.Duration) error {
 		return errParted
 	}
 	p.next = now + tick
+	if p.still = c.pending == 0 && now-c.last >= quietTime; p.still {
+		p.next = now + partQuiet // there may be thousands
+	}
 	if p.looks++; n != p.seen || !c.held {
 		p.seen, p.quiet, p.looks = n, now, 0
 	}
@@ -1327,7 +1337,7 @@ func (c *conn) parts(now time.Duration) error {
 	if n == 0 {
 		enough = partFirst
 	}
-	quiet := n-p.count >= partWindow || now-p.quiet >= enough && p.looks >= partLooks
+	quiet := p.still || n-p.count >= partWindow || now-p.quiet >= enough && p.looks >= partLooks
 	p.ready = quiet && c.pending == 0 && c.began == 0 && !c.fragment.open
 	ready := p.ready
 	c.mu.Unlock()
@@ -1361,8 +1371,8 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 	if now < h.next && !over {
 		return nil
 	}
-	h.next = now + tick/10 // many may be waiting for one
-	all, full := true, true
+	h.next = now + tick // many may be waiting for one
+	all, full, still := true, true, true
 	held := uint64(0)
 	var last *conn
 	for s := range a.conns {
@@ -1373,6 +1383,7 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 		ready := s.part.ready && !s.part.done && s.part.seen == s.notifies.Load()
 		counts := !s.gone && s.peer.FrameSize > 0 && !s.peer.HealthCheck && (ready || s.notifies.Load() > 0)
 		answers := len(s.out) > 0
+		still = still && (s.part.still || !counts)
 		if s.held && !s.part.done {
 			held += s.part.seen - s.part.count
 			full = full && s.part.seen-s.part.count >= partWindow
@@ -1388,7 +1399,7 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 			list = append(list, s)
 		}
 	}
-	all = (h.waiting(held) || full) && all
+	all = (h.waiting(held) || full || still) && all
 	switch {
 	case all && len(list) > 0:
 	case all && last != nil:
@@ -1414,11 +1425,13 @@ func (a *Agent) part(c *conn, now time.Duration, over bool) (list []*conn) {
 		if s.host == c.host && s.listener == c.listener {
 			s.mu.Lock()
 			s.part.ready, s.part.quiet, s.part.looks = false, now, 0
-			if slices.Contains(list, s) {
-				s.partNow()
-			}
 			s.mu.Unlock()
 		}
+	}
+	for _, s := range list {
+		s.mu.Lock()
+		s.partNow()
+		s.mu.Unlock()
 	}
 	return list
 }

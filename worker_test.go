@@ -271,6 +271,46 @@ func TestWorkerAfterHelloTimeout(t *testing.T) {
 	})
 }
 
+// Readers let each other run first while there are many of them and they have
+// much to do, and only then.
+func TestBusy(t *testing.T) {
+	for _, test := range []struct {
+		peers, each int
+		busy        bool
+	}{
+		{busyLanes, busyCalls/busyLanes + 1, true},
+		{busyLanes - 1, busyCalls, false},
+		{busyLanes, 1, false},
+	} {
+		bubble(t, []Option{WithHandlerFunc("echo", echo)}, func(t *testing.T, b *bed) {
+			peers := make([]*peer, test.peers)
+			for i := range peers {
+				peers[i] = b.peer()
+			}
+			ask := func(p *peer, count int) {
+				for i := range uint64(count) {
+					p.send(notifyOf(i, 1, echoed("a")))
+					p.want(i, 1, sets("echo", "a"))
+				}
+			}
+			for range 2 { // again after a rest
+				for _, p := range peers {
+					ask(p, test.each)
+				}
+				time.Sleep(2 * tick)
+				if have := b.workers.busy.Load(); have != test.busy {
+					t.Errorf("%d peers, %d calls each: want busy %v, have %v", test.peers, test.each, test.busy, have)
+				}
+				ask(peers[0], 1)
+				time.Sleep(2 * tick)
+				if b.workers.busy.Load() {
+					t.Error("want one call not to be busy")
+				}
+			}
+		})
+	}
+}
+
 // places are the three ways that a handler comes to run. Each brings a new
 // connection there: the next handler runs inline and is not taken for stalled,
 // or is if it waits, or is spread.

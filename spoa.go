@@ -517,7 +517,7 @@ func (c *conn) flush() {
 }
 
 // write sends what there is, unless somebody else is at it: who writes goes on
-// until nothing is left. With mu held, which it gives up meanwhile.
+// until nothing is left. With mu held, which it gives up meanwhile. Now may be 0.
 func (c *conn) write(now time.Duration) {
 	if c.writing || c.held {
 		return
@@ -738,7 +738,7 @@ func (rd *reader) serve() error {
 			}
 		}
 		rd.pause()
-		if rd.conn.workers.busy.Load() {
+		if rd.conn.workers.busy.Load() { // see workers.watch
 			runtime.Gosched()
 		}
 		if err := rd.fill(); err != nil {
@@ -1032,6 +1032,7 @@ func (rd *reader) flush() {
 		rd.out, c.spare = c.spare[:0], rd.out // what has just been sent is in the cache
 	}
 	for c.writing && len(c.out) > backlog {
+		rd.began = 0
 		c.moved.Wait()
 	}
 	c.mu.Unlock()
@@ -1084,9 +1085,10 @@ func (rd *reader) fill() error {
 			rd.grow(min(2*len(rd.buf), limit))
 		}
 	}
-	// Time counts against the peer only while somebody reads.
+	// Time counts against the peer only while somebody reads. Writing may have
+	// taken long; where that counts, the time since the last call won't do.
 	now := rd.began
-	if rd.w > 0 || now <= rd.arrived {
+	if rd.w > 0 || now <= rd.arrived || c.agent.idleTimeout > 0 || c.agent.phase.Load() != serving {
 		now = c.workers.clock()
 	}
 	c.last = now
@@ -1259,8 +1261,9 @@ func (rd *reader) shrink() {
 // all of a host hold back, and one is closed after the other.
 //
 // That nobody has sent for a while proves little where processes wait for the
-// processor. So as many have to wait as did in the rounds before: somebody who
-// has only not come to sending would be missing.
+// processor. So, unless all of a host has been still for quietTime, as many have
+// to wait as did in the rounds before: somebody who has only not come to sending
+// would be missing.
 type parting struct {
 	until time.Duration // when to close the connection anyway; the reader's
 	next  time.Duration // when to look again; likewise

@@ -1167,7 +1167,7 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 		return false
 	}
 	c.mu.Lock()
-	answered := c.pending == 0 && !c.writing
+	answered, held := c.pending == 0 && !c.writing, c.held
 	c.mu.Unlock()
 	free := answered && rd.w == 0
 	if phase >= stopping && c.part.until == 0 {
@@ -1201,7 +1201,7 @@ func (rd *reader) due(now time.Duration, phase int32) (next time.Duration, _ err
 			}
 			at(now + quietTime/4)
 		}
-		full := c.held && c.notifies.Load()-c.part.count >= partWindow
+		full := held && c.notifies.Load()-c.part.count >= partWindow
 		if c.agreed && phase >= stopping || parts && at(from) {
 			if full || at(c.part.next) {
 				if err := c.parts(now); err != nil {

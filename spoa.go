@@ -737,8 +737,9 @@ func (rd *reader) serve() error {
 				rd.pause()
 			}
 		}
+		many := rd.calls > 1
 		rd.pause()
-		if rd.conn.workers.busy.Load() { // see workers.watch
+		if many && rd.conn.workers.busy.Load() { // see workers.watch
 			runtime.Gosched()
 		}
 		if err := rd.fill(); err != nil {

@@ -687,11 +687,11 @@ const (
 // every tick while there are such lanes, and less often while none of their
 // readers has a handler to run and nothing can be late.
 //
-// It also tells readers when they are many and have much to do. Then they let
-// others run before they read again: meanwhile something has come, mostly, so
-// that neither a read that brings nothing nor a wait is needed. That takes a
-// tenth to a fifth off the CPU of a NOTIFY (8 × 20, 64 × 1), but adds as much
-// where nobody else has anything to do.
+// It also tells readers when they are many and have much to do. Then those whose
+// NOTIFYs come several at a time let others run before they read again: meanwhile
+// something has come, mostly, so that neither a read that brings nothing nor a
+// wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
+// in flight), but adds as much where nobody else has anything to do.
 func (w *workers) watch() {
 	now := w.clock()
 	w.watchMu.Lock()

@@ -356,7 +356,7 @@ func TestBench(t *testing.T) {
 	if r.Wrong != 10 || r.Kinds["answer without txn.n"] != 10 || status != 1 {
 		t.Errorf("-expect: %+v, status %d", r, status)
 	}
-	stdout, _, status := command(t, "bench", "-addr", addr, "-duration", "1ms", "counted")
+	stdout, _, status := command(t, "bench", "-addr", addr, "-count", "20", "counted")
 	for _, want := range []string{`(?m)^answers   \d+ in `, `(?m)^latency   p50 .* p99.9 .* max `, `(?m)^errors    0$`, `(?m)^  < .*%  #+$`} {
 		if !regexp.MustCompile(want).MatchString(stdout) {
 			t.Errorf("want %s, have %q", want, stdout)

@@ -147,7 +147,7 @@ func TestE2ETakeover(t *testing.T) {
 			{"SO_REUSEPORT", shared, reusePort, true, false},
 		} {
 			t.Run(test.name, func(t *testing.T) {
-				const clients, changes = 20, 5
+				const clients, changes = 20, 3
 				end := test.start(t)
 				s := setup{agent: test.addr, mayLose: true, spoe: []string{"processing 10s", "processing 3s"}}
 				if test.unchecked {

@@ -897,9 +897,7 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 		rd.began = c.workers.clock()
 	}
 	rd.begin()
-	if !c.hot.Load() {
-		c.workers.heat(&c.lane)
-	}
+	c.workers.heat(&c.lane)
 	c.workers.handle(j)
 	if !rd.call.end() {
 		c.complete(j)

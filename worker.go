@@ -404,9 +404,7 @@ func (w *workers) spread(j *job) {
 		l.queued.push(j)
 	}
 	l.mu.Unlock()
-	if !l.hot.Load() {
-		w.heat(l)
-	}
+	w.heat(l)
 	if now {
 		go j.work()
 		return
@@ -659,9 +657,15 @@ func (w *workers) noHandler(m *Message) {
 	}
 }
 
-// heat has the watch look at l, which is not hot and the handlers of which are
-// about to run.
+// heat has the watch look at l, whose handlers are about to run. It is short to
+// be inlined.
 func (w *workers) heat(l *lane) {
+	if !l.hot.Load() {
+		w.addHot(l)
+	}
+}
+
+func (w *workers) addHot(l *lane) {
 	w.watchMu.Lock()
 	if !l.hot.Swap(true) {
 		w.hot = append(w.hot, l)
@@ -737,7 +741,7 @@ func (l *lane) stillHot() bool {
 }
 
 // look does the watch's work on one lane, and tells whether its reader runs a
-// handler, whether others do, and how many the reader has begun or ended since.
+// handler, whether others do, and how many the reader has run since the last look.
 func (l *lane) look(now time.Duration) (inline, busy bool, calls uint64) {
 	l.mu.Lock()
 	c := l.call.Load()

@@ -3,9 +3,7 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
 	"encoding/csv"
 	"fmt"
 	"io"
@@ -155,14 +153,14 @@ func (tp *tap) forward(haproxy *net.TCPConn) {
 	}
 	go func() {
 		frames(agent, haproxy, func(kind byte) {
-			if kind == 103 {
+			if kind == typeAck {
 				tp.unanswered.Add(-1)
 			}
 		})
 		haproxy.CloseWrite()
 	}()
 	frames(haproxy, agent, func(kind byte) {
-		if kind == 3 {
+		if kind == typeNotify {
 			tp.unanswered.Add(1)
 		}
 	})
@@ -171,18 +169,13 @@ func (tp *tap) forward(haproxy *net.TCPConn) {
 
 // frames copies frames, as long as they come, and tells the type of each.
 func frames(from io.Reader, to io.Writer, tell func(kind byte)) {
-	r := bufio.NewReader(from)
 	for {
-		size, err := r.Peek(4)
+		b, err := readFrame(from)
 		if err != nil {
 			return
 		}
-		frame := make([]byte, 4+binary.BigEndian.Uint32(size))
-		if _, err := io.ReadFull(r, frame); err != nil {
-			return
-		}
-		tell(frame[4])
-		to.Write(frame)
+		tell(b[4])
+		to.Write(b)
 	}
 }
 

@@ -279,15 +279,24 @@ func startRelay(t *testing.T, agent string, after func() int) *relay {
 	return r
 }
 
+// Types of frames (SPOE.txt 3.2).
+const typeNotify, typeAck = 3, 103
+
+// readFrame reads a frame with its length; b[4] is its type.
+func readFrame(from io.Reader) (b []byte, err error) {
+	b = make([]byte, 4)
+	if _, err = io.ReadFull(from, b); err == nil {
+		b = append(b, make([]byte, binary.BigEndian.Uint32(b))...)
+		_, err = io.ReadFull(from, b[4:])
+	}
+	return b, err
+}
+
 // pass moves whole frames until either side ends.
 func (r *relay) pass(k *link, to, from *net.TCPConn) {
 	for {
-		head := make([]byte, 4)
-		if _, err := io.ReadFull(from, head); err != nil {
-			break
-		}
-		b := append(head, make([]byte, binary.BigEndian.Uint32(head))...)
-		if _, err := io.ReadFull(from, b[4:]); err != nil {
+		b, err := readFrame(from)
+		if err != nil {
 			break
 		}
 		cut := r.judge(k, b[4:])
@@ -306,7 +315,7 @@ func (r *relay) pass(k *link, to, from *net.TCPConn) {
 func (r *relay) judge(k *link, frame []byte) (cut bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	const hello, notify, agentHello, ack = 1, 3, 101, 103
+	const hello, notify, agentHello, ack = 1, typeNotify, 101, typeAck
 	stream, rest := varint(frame[5:])
 	id, rest := varint(rest)
 	key := notifyID{k.engine, stream, id}

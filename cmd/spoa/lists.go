@@ -275,11 +275,13 @@ func same(a, b os.FileInfo) bool {
 	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime()) && a.Mode() == b.Mode()
 }
 
-// load reads the files that are due and puts what they hold in force, all at once.
+// load reads the files that are due and puts what they hold in force, all at once. Only then it says so.
 func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 	type result struct {
-		list string
-		err  error
+		source *source
+		stats  *listStats // if it could be read
+		took   time.Duration
+		err    error
 	}
 	var results []result
 	func() {
@@ -292,31 +294,43 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 				continue
 			}
 			s.tried = fi
+			r := result{source: s, err: err}
 			if err == nil {
-				err = l.read(s, fi)
+				start := time.Now()
+				r.stats, r.err = l.read(s, fi)
+				r.took = time.Since(start)
 			}
-			if err != nil {
-				l.failed(s, err)
+			if r.err != nil {
+				l.failed(s, r.err)
 			}
-			swap = swap || err == nil
-			results = append(results, result{s.name, err})
+			swap = swap || r.err == nil
+			results = append(results, r)
 		}
 		if swap {
 			l.table.Store(l.build())
 		}
+		for _, r := range results {
+			if r.err == nil {
+				r.source.stats.Store(r.stats)
+			}
+		}
 	}()
 	var errs []error
 	for _, r := range results {
+		if r.err == nil {
+			level.Info(l.logger).Log("list", r.source.name, "msg", "list loaded", "file", r.source.path,
+				"entries", r.stats.Entries, "bad", r.stats.BadLines, "took", r.took)
+		}
 		if l.onReload != nil {
-			l.onReload(r.list, r.err == nil)
+			l.onReload(r.source.name, r.err == nil)
 		}
 		errs = append(errs, r.err)
 	}
 	return errors.Join(errs...)
 }
 
-// read reads the file of s, or leaves s as it is.
-func (l *lists) read(s *source, fi os.FileInfo) error {
+// read reads the file of s and returns what is to be said of it once it is in force, or leaves s as it is.
+func (l *lists) read(s *source, fi os.FileInfo) (*listStats, error) {
 	start := time.Now()
 	logger := log.With(l.logger, "list", s.name)
 	c, err := s.readList(fi)
@@ -327,7 +341,7 @@ func (l *lists) read(s *source, fi os.FileInfo) error {
 		level.Warn(logger).Log("msg", "more bad lines", "file", s.path, "count", more)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if c.promised >= 0 && c.promised != c.records {
 		level.Warn(logger).Log("msg", "number of records differs from metadata", "file", s.path, "want", c.promised, "have", c.records)
@@ -341,9 +355,7 @@ func (l *lists) read(s *source, fi os.FileInfo) error {
 		stats.Reloads++
 	}
 	stats.Entries, stats.BadLines, stats.Loaded, stats.Modified = len(c.entries), c.bad, start, fi.ModTime()
-	s.stats.Store(&stats)
-	level.Info(logger).Log("msg", "list loaded", "file", s.path, "entries", stats.Entries, "bad", stats.BadLines, "took", time.Since(start))
-	return nil
+	return &stats, nil
 }
 
 // failed counts and logs that s could not be read again. At start the error is the caller's to report.

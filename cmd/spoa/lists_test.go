@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -334,6 +335,34 @@ func TestLog(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Whoever has seen the log counts on what it says.
+func TestLoadedIsInForce(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "list")
+	addr := netip.MustParseAddr("192.0.2.1")
+	var l *lists
+	var have []int
+	logger := log.LoggerFunc(func(keyvals ...any) error {
+		if l != nil && slices.Contains(keyvals, any("list loaded")) {
+			score, _, _ := l.Lookup(addr)
+			have = append(have, score, l.Stats()[0].Entries)
+		}
+		return nil
+	})
+	writeFile(t, file, "192.0.2.1 5\n")
+	first, err := newLists(logger, []listFile{{file, 0}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l = first
+	writeFile(t, file, "192.0.2.1 77\n192.0.2.2 77\n")
+	if err := l.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	if want := []int{77, 2}; !slices.Equal(want, have) {
+		t.Errorf("want score and entries %v, have %v", want, have)
 	}
 }
 

@@ -106,7 +106,9 @@ func TestRotation(t *testing.T) {
 		}
 		close(g.open)
 		h.wantAck(5, 5)
-		h.wantEnd(StatusNormal)
+		if want, have := "rotated", h.wantEnd(StatusNormal); want != have {
+			t.Errorf("want message %q, have %q", want, have)
+		}
 		if err := <-closed; err != nil {
 			t.Errorf("want a normal end, have %v", err)
 		}

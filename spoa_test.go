@@ -298,14 +298,17 @@ func (h *haproxy) wantAck(stream, id uint64) {
 	}
 }
 
-// wantEnd takes an AGENT-DISCONNECT and the end.
-func (h *haproxy) wantEnd(status Status) {
+// wantEnd takes an AGENT-DISCONNECT, of which it returns the message, and the
+// end.
+func (h *haproxy) wantEnd(status Status) (message string) {
 	h.t.Helper()
 	f := h.want(frameAgentDisconnect)
-	if d := parseDisconnect(f.payload); d.Status != status || f.flags != flagFIN || f.stream != 0 || f.id != 0 {
+	d := parseDisconnect(f.payload)
+	if d.Status != status || f.flags != flagFIN || f.stream != 0 || f.id != 0 {
 		h.t.Fatalf("want AGENT-DISCONNECT %d, have %s", status, inWordsFrame(f))
 	}
 	h.wantEOF()
+	return d.Message
 }
 
 // wantEOF takes the end.
@@ -1225,7 +1228,9 @@ func TestDisconnectInFlight(t *testing.T) {
 		}
 		delete(want, f.stream)
 	}
-	h.wantEnd(StatusNormal)
+	if want, have := "normal", h.wantEnd(StatusNormal); want != have {
+		t.Errorf("want message %q, have %q", want, have)
+	}
 }
 
 // A fault ends the connection, but what was asked before it is answered: HAProxy
@@ -1241,6 +1246,21 @@ func TestFaultInFlight(t *testing.T) {
 	close(g.open)
 	h.wantAck(1, 1)
 	h.wantEnd(StatusInvalidFrame)
+}
+
+// Who ends amid a row of NOTIFYs leaves the workers to the others.
+func TestFaultAfterNotify(t *testing.T) {
+	_, ln := startMem(t, withNumbered(), WithWorkers(2))
+	for range 3 {
+		h := ln.dial(t)
+		h.hello()
+		h.send(notifyFrame(1, 1), rawFrame(frameNotify, flagFIN, 2, 2, "\x01"))
+		h.wantAck(1, 1)
+		h.wantEnd(StatusInvalidFrame)
+	}
+	h := ln.dial(t)
+	h.hello()
+	h.wantAnswers()
 }
 
 // writesConn counts Writes and notes those that don't end where a frame ends.
@@ -2241,6 +2261,66 @@ func TestAsyncForwardsNoHello(t *testing.T) {
 		sibling.wantAnswers()
 		if want, have := 1, len(a.Conns()); want != have {
 			t.Errorf("want %d connection, have %d", want, have)
+		}
+	})
+}
+
+// halves reads from one pipe and writes to another, so that either can end.
+type halves struct {
+	net.Conn
+	in net.Conn
+}
+
+func (h halves) Read(b []byte) (int, error)         { return h.in.Read(b) }
+func (h halves) SetReadDeadline(at time.Time) error { return h.in.SetReadDeadline(at) }
+
+// A peer that sends no more and does not read either: what it has not taken is
+// the sibling's, and nothing is left of its connection.
+func TestAsyncUnread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first, second := newGate(), newGate()
+		a, ln := startMem(t, WithAsync(), WithHandler("first", first), WithHandler("second", second))
+		in, server := net.Pipe()
+		out, server2 := net.Pipe()
+		defer out.Close()
+		ln.offer(t, halves{server2, server})
+		synctest.Wait()
+		var gone *conn
+		a.mu.Lock()
+		for gone = range a.conns {
+		}
+		a.mu.Unlock()
+		send := func(frames string) {
+			if _, err := io.WriteString(in, frames); err != nil {
+				t.Fatal(err)
+			}
+		}
+		send(helloFrame(offered))
+		var size [lengthSize]byte
+		if _, err := io.ReadFull(out, size[:]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.CopyN(io.Discard, out, int64(binary.BigEndian.Uint32(size[:]))); err != nil {
+			t.Fatal(err)
+		}
+		sibling := asEngine(t, ln, offered.engineID)
+		for id, name := range []string{"first", "second"} {
+			send(rawFrame(frameNotify, flagFIN, uint64(id), 7, string(appendMessage(nil, NewMessage(name)))))
+		}
+		first.wait(t, 1)
+		second.wait(t, 1)
+		close(first.open) // its ACK is being written
+		synctest.Wait()
+		close(second.open) // its ACK is behind that
+		sibling.wantNothing()
+		in.Close()
+		ids := []uint64{sibling.want(frameAck).stream, sibling.want(frameAck).stream}
+		if slices.Sort(ids); !slices.Equal(ids, []uint64{0, 1}) {
+			t.Errorf("want an ACK of each NOTIFY, have those of %d", ids)
+		}
+		sibling.wantNothing()
+		if gone.ctx.Err() == nil {
+			t.Error("want the context of the connection to have ended")
 		}
 	})
 }

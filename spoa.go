@@ -573,7 +573,6 @@ func (c *conn) lose(left []byte) {
 	c.moved.Broadcast()
 	c.nc.Close()
 	if !c.async {
-		c.cancel()
 		return
 	}
 	for len(left) > 0 {
@@ -1054,7 +1053,8 @@ func (c *conn) full() bool {
 }
 
 // room waits until the connection may have one more NOTIFY in flight. It may
-// not if nobody is there any more for the answer.
+// not if nobody is there any more for the answer. What had been read of an async
+// one that has gone is little, and the siblings'.
 func (rd *reader) room() bool {
 	c := rd.conn
 	c.mu.Lock()
@@ -1068,7 +1068,7 @@ func (rd *reader) room() bool {
 	for c.full() {
 		c.moved.Wait()
 	}
-	return !c.gone || c.async && c.pending < c.window
+	return !c.gone || c.async && c.ctx.Err() == nil
 }
 
 // fill reads what has come, and waits for it if nothing has.

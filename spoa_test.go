@@ -15,11 +15,13 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/go-kit/log"
+	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
 )
 
@@ -145,6 +147,40 @@ func (l *memListener) raw(t testing.TB) net.Conn {
 func (l *memListener) dial(t testing.TB) *haproxy {
 	t.Helper()
 	return newHAProxy(t, l.raw(t))
+}
+
+// halves reads from one pipe and writes to another, so that either can end.
+type halves struct {
+	net.Conn
+	in net.Conn
+}
+
+func (h halves) Read(b []byte) (int, error)         { return h.in.Read(b) }
+func (h halves) SetReadDeadline(at time.Time) error { return h.in.SetReadDeadline(at) }
+func (h halves) Close() error {
+	h.in.Close()
+	return h.Conn.Close()
+}
+
+// dialHalves returns the client's ends of what the agent reads, and writes,
+// after the HELLOs.
+func (l *memListener) dialHalves(t testing.TB) (in, out net.Conn) {
+	t.Helper()
+	in, reads := net.Pipe()
+	out, writes := net.Pipe()
+	t.Cleanup(func() { in.Close(); out.Close() })
+	l.offer(t, halves{writes, reads})
+	if _, err := io.WriteString(in, helloFrame(offered)); err != nil {
+		t.Fatal(err)
+	}
+	var size [lengthSize]byte
+	if _, err := io.ReadFull(out, size[:]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.CopyN(io.Discard, out, int64(binary.BigEndian.Uint32(size[:]))); err != nil {
+		t.Fatal(err)
+	}
+	return in, out
 }
 
 // startAgent serves on ln, until the test ends.
@@ -895,6 +931,28 @@ func TestShutdownListenerClosed(t *testing.T) {
 	})
 }
 
+// Answers that are held back leave when the peer has sent its last.
+func TestShutdownHalfClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, withNumbered())
+		in, out := ln.dialHalves(t)
+		go a.Shutdown(t.Context())
+		synctest.Wait()
+		ln.Close()
+		synctest.Wait()
+		h := newHAProxy(t, out)
+		start := time.Now()
+		if _, err := io.WriteString(in, notifyFrame(1, 1)); err != nil {
+			t.Fatal(err)
+		}
+		h.wantNothing()
+		in.Close()
+		h.wantAck(1, 1)
+		h.wantEOF()
+		wantTook(t, "the answer", start, 0, 0)
+	})
+}
+
 // A connection that is never quiet is held back for a moment only, and loses nothing.
 func TestShutdownNeverQuiet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1235,6 +1293,23 @@ func TestDisconnectInFlight(t *testing.T) {
 
 // A fault ends the connection, but what was asked before it is answered: HAProxy
 // has other streams wait on that connection.
+// A handler that takes too long does not keep the connection of who has left.
+func TestDisconnectStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		g.heeds = true
+		_, ln := startMem(t, WithHandler("number", g))
+		h := ln.dial(t)
+		h.hello()
+		h.send(notifyFrame(1, 1))
+		g.wait(t, 1)
+		start := time.Now()
+		h.send(goodbye)
+		h.wantEOF()
+		wantTook(t, "the end", start, endGrace, endGrace+time.Second)
+	})
+}
+
 func TestFaultInFlight(t *testing.T) {
 	g := newGate()
 	_, ln := startMem(t, WithHandler("number", g))
@@ -1605,6 +1680,76 @@ func TestLengthTakesNoMemory(t *testing.T) {
 func hooked() (Option, chan error) {
 	c := make(chan error, 10000)
 	return WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { c <- err }}), c
+}
+
+// One answer that isn't read is enough for the connection to end.
+func TestAnswerNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hooks, closed := hooked()
+		_, ln := startMem(t, withNumbered(), hooks, WithWriteTimeout(4*time.Second))
+		nc := ln.raw(t)
+		rawHello(t, nc)
+		start := time.Now()
+		if _, err := io.WriteString(nc, notifyFrame(1, 1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-closed; !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("want %v, have %v", os.ErrDeadlineExceeded, err)
+		}
+		wantTook(t, "closing", start, 4*time.Second, 5*time.Second)
+	})
+}
+
+// breaking is a connection the end of which shows as err.
+type breaking struct {
+	net.Conn
+	err error
+}
+
+func (b breaking) Read(p []byte) (int, error) {
+	n, err := b.Conn.Read(p)
+	if err == io.EOF {
+		err = b.err
+	}
+	return n, err
+}
+
+// However a peer goes, that is no fault of anybody's.
+func TestNormalEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := new(logLines)
+		hooks, closed := hooked()
+		_, ln := startMem(t, withNumbered(), hooks, WithLogger(level.NewFilter(lines, level.AllowInfo())))
+		end := func(err error) error {
+			near, far := net.Pipe()
+			ln.offer(t, breaking{far, err})
+			h := newHAProxy(t, near)
+			h.hello()
+			h.wantAnswers()
+			near.Close()
+			defer synctest.Wait() // it is logged after that
+			return <-closed
+		}
+		for _, err := range []error{
+			io.EOF, io.ErrClosedPipe, net.ErrClosed,
+			&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ECONNRESET)},
+			&net.OpError{Op: "write", Err: os.NewSyscallError("write", syscall.EPIPE)},
+		} {
+			if have := end(err); have != nil {
+				t.Errorf("%v: want nil, have %v", err, have)
+			}
+		}
+		if len(lines.lines) > 0 {
+			t.Errorf("want no line above debug, have %q", lines.lines)
+		}
+		odd := errors.New("odd")
+		if have := end(odd); have != odd {
+			t.Errorf("want %v, have %v", odd, have)
+		}
+		if have := lines.with("level=warn", "connection ended", "odd"); len(have) != 1 {
+			t.Errorf("want one line, have %q", lines.lines)
+		}
+	})
 }
 
 // A peer that doesn't read costs its own connection, and bounded memory.
@@ -2094,6 +2239,7 @@ func TestFragmentRules(t *testing.T) {
 		{name: "another frame's begins", steps: []step{{send: first(1, 1) + first(1, 2)}}, end: StatusInterlaced},
 		{name: "the same begins", steps: []step{{send: first(1, 1) + first(1, 1)}}, end: StatusInterlaced},
 		{name: "another one's end", steps: []step{{send: first(1, 1) + last(2, 1)}}, end: StatusInterlaced},
+		{name: "another frame's end", steps: []step{{send: first(1, 1) + last(1, 2)}}, end: StatusInterlaced},
 		{name: "a whole one in between", capabilities: "pipelining", steps: []step{
 			{first(1, 1) + notifyFrame(2, 2), 2, 2, false}, {last(1, 1), 1, 1, false}}},
 		{name: "a whole one in between, without pipelining", steps: []step{
@@ -2121,6 +2267,8 @@ func TestFragmentRules(t *testing.T) {
 			{first(1, 1) + last(1, 1), 1, 1, false}}},
 		{name: "too long, no beginning of others", steps: []step{
 			{rawFrame(frameNotify, 0, 1, 1, message(max+1)), 1, 1, true}, {send: last(2, 1)}}, end: StatusFrameIDNotFound},
+		{name: "too long, no beginning of another frame", steps: []step{
+			{rawFrame(frameNotify, 0, 1, 1, message(max+1)), 1, 1, true}, {send: last(1, 2)}}, end: StatusFrameIDNotFound},
 		{name: "too long, ended, no beginning", steps: []step{
 			{rawFrame(frameNotify, 0, 1, 1, message(max+1)) + last(1, 1), 1, 1, true}, {send: last(1, 1)}}, end: StatusFrameIDNotFound},
 	} {
@@ -2162,6 +2310,7 @@ func asEngine(t testing.TB, ln *memListener, engine string) *haproxy {
 	offer := offered
 	offer.engineID = engine
 	h.helloAs(offer)
+	synctest.Wait() // it is a sibling once it has said HELLO
 	return h
 }
 
@@ -2247,6 +2396,32 @@ func TestAsyncNobodyLeft(t *testing.T) {
 	})
 }
 
+// An ACK leaves by a sibling that has agreed to its size.
+func TestAsyncSizes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		_, ln := startMem(t, WithAsync(), WithHandlerFunc("number", func(ctx context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeSess, "v", String(strings.Repeat("x", 1000)))
+			return g.ServeSPOE(ctx, m, new(Actions))
+		}))
+		gone := asEngine(t, ln, "engine")
+		small := ln.dial(t)
+		small.helloAs(hello{versions: "2.0", frameSize: 256, capabilities: "async", engineID: "engine"})
+		sibling := asEngine(t, ln, "engine")
+		for id := range uint64(10) {
+			gone.send(notifyFrame(id, id))
+		}
+		g.wait(t, 10)
+		gone.nc.Close()
+		synctest.Wait()
+		close(g.open)
+		for range 10 {
+			sibling.want(frameAck)
+		}
+		small.wantNothing()
+	})
+}
+
 // Nothing but ACKs leaves by a sibling.
 func TestAsyncForwardsNoHello(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -2265,47 +2440,23 @@ func TestAsyncForwardsNoHello(t *testing.T) {
 	})
 }
 
-// halves reads from one pipe and writes to another, so that either can end.
-type halves struct {
-	net.Conn
-	in net.Conn
-}
-
-func (h halves) Read(b []byte) (int, error)         { return h.in.Read(b) }
-func (h halves) SetReadDeadline(at time.Time) error { return h.in.SetReadDeadline(at) }
-
 // A peer that sends no more and does not read either: what it has not taken is
 // the sibling's, and nothing is left of its connection.
 func TestAsyncUnread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newGate(), newGate()
 		a, ln := startMem(t, WithAsync(), WithHandler("first", first), WithHandler("second", second))
-		in, server := net.Pipe()
-		out, server2 := net.Pipe()
-		defer out.Close()
-		ln.offer(t, halves{server2, server})
-		synctest.Wait()
+		in, _ := ln.dialHalves(t)
 		var gone *conn
 		a.mu.Lock()
 		for gone = range a.conns {
 		}
 		a.mu.Unlock()
-		send := func(frames string) {
-			if _, err := io.WriteString(in, frames); err != nil {
-				t.Fatal(err)
-			}
-		}
-		send(helloFrame(offered))
-		var size [lengthSize]byte
-		if _, err := io.ReadFull(out, size[:]); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.CopyN(io.Discard, out, int64(binary.BigEndian.Uint32(size[:]))); err != nil {
-			t.Fatal(err)
-		}
 		sibling := asEngine(t, ln, offered.engineID)
 		for id, name := range []string{"first", "second"} {
-			send(rawFrame(frameNotify, flagFIN, uint64(id), 7, string(appendMessage(nil, NewMessage(name)))))
+			if _, err := io.WriteString(in, rawFrame(frameNotify, flagFIN, uint64(id), 7, string(appendMessage(nil, NewMessage(name))))); err != nil {
+				t.Fatal(err)
+			}
 		}
 		first.wait(t, 1)
 		second.wait(t, 1)
@@ -2321,6 +2472,45 @@ func TestAsyncUnread(t *testing.T) {
 		sibling.wantNothing()
 		if gone.ctx.Err() == nil {
 			t.Error("want the context of the connection to have ended")
+		}
+	})
+}
+
+// What had been read when the peer went, but had to wait for its turn, is the
+// sibling's too.
+func TestAsyncNotBegun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gates := make(map[string]*gate)
+		opts := []Option{WithAsync(), WithPipelining(2)}
+		frames := ""
+		for i, name := range []string{"a", "b", "c", "d", "e"} {
+			gates[name] = newGate()
+			opts = append(opts, WithHandler(name, gates[name]))
+			frames += rawFrame(frameNotify, flagFIN, uint64(i), 7, string(appendMessage(nil, NewMessage(name))))
+		}
+		_, ln := startMem(t, opts...)
+		in, out := ln.dialHalves(t)
+		sibling := asEngine(t, ln, offered.engineID)
+		if _, err := io.WriteString(in, frames); err != nil {
+			t.Fatal(err)
+		}
+		gates["a"].wait(t, 1)
+		gates["b"].wait(t, 1)
+		close(gates["a"].open) // its ACK is being written
+		sibling.wantNothing()
+		out.Close()
+		for _, name := range []string{"c", "d", "e"} {
+			gates[name].wait(t, 1)
+		}
+		for _, name := range []string{"b", "c", "d", "e"} {
+			close(gates[name].open)
+		}
+		var ids []uint64
+		for range 5 {
+			ids = append(ids, sibling.want(frameAck).stream)
+		}
+		if slices.Sort(ids); !slices.Equal(ids, []uint64{0, 1, 2, 3, 4}) {
+			t.Errorf("want an ACK of each NOTIFY, have those of %d", ids)
 		}
 	})
 }

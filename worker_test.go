@@ -865,6 +865,7 @@ func TestHandlerContextAsync(t *testing.T) {
 		second := b.peer()
 		p.send(notifyOf(1, 1, NewMessage("place"), waiting("x")))
 		<-g.in
+		synctest.Wait() // the second is async once it has said HELLO
 		p.nc.Close()
 		time.Sleep(time.Minute)
 		if err := first.ctx.Err(); err != nil {

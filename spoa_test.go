@@ -1984,6 +1984,28 @@ func TestWindow(t *testing.T) {
 	}
 }
 
+// A connection that waits for handlers before it reads on does not after Close.
+func TestCloseWindowFull(t *testing.T) {
+	for _, opts := range [][]Option{nil, {WithAsync()}} {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGate()
+			hooks, closed := hooked()
+			a, ln := startMem(t, append(opts, WithPipelining(2), WithHandler("number", g), hooks)...)
+			h := asEngine(t, ln, "engine")
+			h.send(notifyFrame(1, 1), notifyFrame(2, 2), notifyFrame(3, 3))
+			g.wait(t, 2)
+			synctest.Wait()
+			a.Close()
+			<-closed
+			close(g.open)
+			synctest.Wait()
+			if have := len(g.entered); have > 0 {
+				t.Errorf("want no call after Close, have %d", have)
+			}
+		})
+	}
+}
+
 // Close while an answer is being written.
 func TestCloseWhileWriting(t *testing.T) {
 	for range 50 {
@@ -2269,6 +2291,8 @@ func TestFragmentRules(t *testing.T) {
 			{rawFrame(frameNotify, 0, 1, 1, message(max+1)), 1, 1, true}, {send: last(2, 1)}}, end: StatusFrameIDNotFound},
 		{name: "too long, no beginning of another frame", steps: []step{
 			{rawFrame(frameNotify, 0, 1, 1, message(max+1)), 1, 1, true}, {send: last(1, 2)}}, end: StatusFrameIDNotFound},
+		{name: "too long, aborted, no beginning", steps: []step{
+			{rawFrame(frameNotify, 0, 1, 1, message(max+1)) + rawFrame(frameUnset, flagAbort, 1, 1, ""), 1, 1, true}, {send: last(1, 1)}}, end: StatusFrameIDNotFound},
 		{name: "too long, ended, no beginning", steps: []step{
 			{rawFrame(frameNotify, 0, 1, 1, message(max+1)) + last(1, 1), 1, 1, true}, {send: last(1, 1)}}, end: StatusFrameIDNotFound},
 	} {

@@ -170,16 +170,7 @@ func (l *memListener) dialHalves(t testing.TB) (in, out net.Conn) {
 	out, writes := net.Pipe()
 	t.Cleanup(func() { in.Close(); out.Close() })
 	l.offer(t, halves{writes, reads})
-	if _, err := io.WriteString(in, helloFrame(offered)); err != nil {
-		t.Fatal(err)
-	}
-	var size [lengthSize]byte
-	if _, err := io.ReadFull(out, size[:]); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.CopyN(io.Discard, out, int64(binary.BigEndian.Uint32(size[:]))); err != nil {
-		t.Fatal(err)
-	}
+	rawHello(t, halves{in, out})
 	return in, out
 }
 
@@ -380,7 +371,12 @@ func (h *haproxy) helloAs(offer hello) (agreed hello) {
 // rawHello exchanges HELLOs and reads not a byte more.
 func rawHello(t testing.TB, nc net.Conn) {
 	t.Helper()
-	if _, err := io.WriteString(nc, helloFrame(offered)); err != nil {
+	rawHelloAs(t, nc, offered)
+}
+
+func rawHelloAs(t testing.TB, nc net.Conn, offer hello) {
+	t.Helper()
+	if _, err := io.WriteString(nc, helloFrame(offer)); err != nil {
 		t.Fatal(err)
 	}
 	var size [lengthSize]byte
@@ -691,7 +687,8 @@ func TestShutdownNobody(t *testing.T) {
 
 func TestShutdownIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, ln := startMem(t, withNumbered())
+		hooks, closed := hooked()
+		a, ln := startMem(t, withNumbered(), hooks)
 		var hs []*haproxy
 		for range 5 {
 			h := ln.dial(t)
@@ -708,7 +705,12 @@ func TestShutdownIdle(t *testing.T) {
 		}
 		wantTook(t, "Shutdown", start, quietTime, quietTime)
 		for _, h := range append(hs, mute) {
-			h.wantEnd(StatusNormal)
+			if want, have := "shutting down", h.wantEnd(StatusNormal); want != have {
+				t.Errorf("want message %q, have %q", want, have)
+			}
+			if err := <-closed; err != nil {
+				t.Errorf("want a normal end, have %v", err)
+			}
 		}
 	})
 }
@@ -869,7 +871,8 @@ func TestShutdownNearDeadline(t *testing.T) {
 // answers that were held back while everybody who asks was waiting; health checks are waited for no longer.
 func TestShutdownListenerClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, ln := startMem(t, withNumbered())
+		hooks, closed := hooked()
+		a, ln := startMem(t, withNumbered(), hooks)
 		check := ln.dial(t)
 		check.helloAs(hello{versions: "2.0", frameSize: 16380, healthcheck: true})
 		check.wantEOF()
@@ -928,6 +931,11 @@ func TestShutdownListenerClosed(t *testing.T) {
 			t.Error(err)
 		}
 		wantTook(t, "Shutdown", start, partQuiet, 2*time.Second)
+		for range 4 {
+			if err := <-closed; err != nil {
+				t.Errorf("want a normal end, have %v", err)
+			}
+		}
 	})
 }
 
@@ -1984,6 +1992,26 @@ func TestWindow(t *testing.T) {
 	}
 }
 
+// Who waits for its own handlers leaves them the worker.
+func TestWindowLeavesWorker(t *testing.T) {
+	for _, took := range []time.Duration{0, slowCall * 2, tick / 2, 2 * tick} {
+		synctest.Test(t, func(t *testing.T) {
+			_, ln := startMem(t, WithWorkers(1), WithPipelining(1), WithHandlerFunc("number", func(context.Context, *Message, *Actions) error {
+				<-time.After(took)
+				return nil
+			}))
+			h := ln.dial(t)
+			h.hello()
+			for range 5 { // what comes at once decides where the next run
+				h.send(strings.Repeat(notifyFrame(1, 1), 20))
+				for range 20 {
+					h.want(frameAck)
+				}
+			}
+		})
+	}
+}
+
 // A connection that waits for handlers before it reads on does not after Close.
 func TestCloseWindowFull(t *testing.T) {
 	for _, opts := range [][]Option{nil, {WithAsync()}} {
@@ -2443,6 +2471,31 @@ func TestAsyncSizes(t *testing.T) {
 			sibling.want(frameAck)
 		}
 		small.wantNothing()
+	})
+}
+
+// Who has not agreed on async has no siblings.
+func TestAsyncNotAgreed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first, second := newGate(), newGate()
+		_, ln := startMem(t, withNumbered(), WithAsync(), WithHandler("first", first), WithHandler("second", second))
+		sibling := asEngine(t, ln, "engine")
+		gone := ln.raw(t)
+		rawHelloAs(t, gone, hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining", engineID: "engine"})
+		for _, name := range []string{"first", "second"} {
+			if _, err := io.WriteString(gone, rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(name))))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		first.wait(t, 1)
+		second.wait(t, 1)
+		close(first.open) // its ACK is being written
+		synctest.Wait()
+		gone.Close()
+		synctest.Wait()
+		close(second.open)
+		sibling.wantNothing()
+		sibling.wantAnswers()
 	})
 }
 

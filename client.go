@@ -457,8 +457,9 @@ func readAgentHello(r *bufio.Reader, maxSize uint32) (agent hello, err error) {
 	if err := agent.parse(frameAgentHello, f.payload); err != nil {
 		return agent, err
 	}
+	agent.versions = strings.TrimSpace(agent.versions)
 	switch {
-	case strings.TrimSpace(agent.versions) != version:
+	case agent.versions != version:
 		return agent, fault(StatusBadVersion, "agent has %q", agent.versions)
 	case agent.frameSize > maxSize:
 		return agent, fault(StatusBadFrameSize, "agent wants %d, offered were %d", agent.frameSize, maxSize)

@@ -171,6 +171,28 @@ func TestClientHello(t *testing.T) {
 	})
 }
 
+// HAProxy takes a version in spaces, so a client does.
+func TestClientHelloVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		s := newScript(t, far)
+		go func() {
+			s.next()
+			s.say(string(appendHello(nil, frameAgentHello, &hello{versions: " 2.0\t", frameSize: 16380})))
+			s.wantDisconnect(StatusNormal)
+			far.Close()
+		}()
+		c, err := NewClient(t.Context(), near)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if have := c.Hello().Version; have != "2.0" {
+			t.Errorf("want 2.0, have %q", have)
+		}
+		c.Close()
+	})
+}
+
 func TestClientRefusesHello(t *testing.T) {
 	agent := func(versions string, size uint32, edit func(b []byte)) string {
 		b := appendHello(nil, frameAgentHello, &hello{versions: versions, frameSize: size})
@@ -186,6 +208,7 @@ func TestClientRefusesHello(t *testing.T) {
 		remote      bool
 	}{
 		{"version 1.0", agent("1.0", 16380, nil), StatusBadVersion, false},
+		{"version 2.0, 1.0", agent("2.0,1.0", 16380, nil), StatusBadVersion, false},
 		{"version not offered", agent("2.1", 16380, nil), StatusBadVersion, false},
 		{"size 255", agent("2.0", 255, nil), StatusBadFrameSize, false},
 		{"size beyond ours", agent("2.0", 65536, nil), StatusBadFrameSize, false},

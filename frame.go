@@ -565,7 +565,7 @@ func (h *hello) parse(kind byte, payload []byte) error {
 		return fault(StatusNoFrameSize, "")
 	case !caps:
 		return fault(StatusNoCapabilities, "")
-	case !speaksVersion2(h.versions), kind == frameAgentHello && h.versions != version:
+	case !speaksVersion2(h.versions):
 		return fault(StatusBadVersion, "peer has %.40q", h.versions)
 	case h.frameSize < minFrameSize:
 		return fault(StatusBadFrameSize, "%d", h.frameSize)

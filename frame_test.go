@@ -1141,6 +1141,7 @@ func TestActionsLimit(t *testing.T) {
 		{"unset, one byte more", 4, func(a *Actions) { a.UnsetVar(ScopeSess, "a") }, "", false},
 		{"string fits", 10, func(a *Actions) { a.SetVar(ScopeTxn, "v", String("abc")) }, "\x01\x03\x02\x01v\x08\x03abc", true},
 		{"string, one byte more", 9, func(a *Actions) { a.SetVar(ScopeTxn, "v", String("abc")) }, "", false},
+		{"string much longer", 9, func(a *Actions) { a.SetVar(ScopeTxn, "v", String(strings.Repeat("x", 1<<20))) }, "", false},
 		{"smaller one after it", 20, func(a *Actions) {
 			a.SetVar(ScopeTxn, "ip_score", Uint32(42))
 			a.SetVar(ScopeTxn, "v", String("abc"))

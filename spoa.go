@@ -1053,8 +1053,8 @@ func (c *conn) full() bool {
 }
 
 // room waits until the connection may have one more NOTIFY in flight. It may
-// not if nobody is there any more for the answer. What had been read of an async
-// one that has gone is little, and the siblings'.
+// not if nobody is there any more for the answer: then what has been read of an
+// async one, which is little, is answered all the same, by its siblings.
 func (rd *reader) room() bool {
 	c := rd.conn
 	c.mu.Lock()

@@ -280,7 +280,6 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 	type result struct {
 		source *source
 		stats  *listStats // if it could be read
-		took   time.Duration
 		err    error
 	}
 	var results []result
@@ -296,9 +295,7 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 			s.tried = fi
 			r := result{source: s, err: err}
 			if err == nil {
-				start := time.Now()
 				r.stats, r.err = l.read(s, fi)
-				r.took = time.Since(start)
 			}
 			if r.err != nil {
 				l.failed(s, r.err)
@@ -319,7 +316,7 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 	for _, r := range results {
 		if r.err == nil {
 			level.Info(l.logger).Log("list", r.source.name, "msg", "list loaded", "file", r.source.path,
-				"entries", r.stats.Entries, "bad", r.stats.BadLines, "took", r.took)
+				"entries", r.stats.Entries, "bad", r.stats.BadLines, "took", time.Since(r.stats.Loaded))
 		}
 		if l.onReload != nil {
 			l.onReload(r.source.name, r.err == nil)

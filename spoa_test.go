@@ -325,6 +325,19 @@ func (h *haproxy) wantAck(stream, id uint64) {
 	}
 }
 
+// wantAcks takes the ACKs of these streams, rising, in whatever order they come:
+// a handler kept from running may be overtaken.
+func (h *haproxy) wantAcks(streams ...uint64) {
+	h.t.Helper()
+	var have []uint64
+	for range streams {
+		have = append(have, h.want(frameAck).stream)
+	}
+	if slices.Sort(have); !slices.Equal(streams, have) {
+		h.t.Errorf("want ACKs of the streams %d, have %d", streams, have)
+	}
+}
+
 // wantEnd takes an AGENT-DISCONNECT, of which it returns the message, and the
 // end.
 func (h *haproxy) wantEnd(status Status) (message string) {
@@ -1299,8 +1312,6 @@ func TestDisconnectInFlight(t *testing.T) {
 	}
 }
 
-// A fault ends the connection, but what was asked before it is answered: HAProxy
-// has other streams wait on that connection.
 // A handler that takes too long does not keep the connection of who has left.
 func TestDisconnectStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1318,6 +1329,8 @@ func TestDisconnectStuck(t *testing.T) {
 	})
 }
 
+// A fault ends the connection, but what was asked before it is answered: HAProxy
+// has other streams wait on that connection.
 func TestFaultInFlight(t *testing.T) {
 	g := newGate()
 	_, ln := startMem(t, WithHandler("number", g))
@@ -1611,13 +1624,7 @@ func TestBreaksOff(t *testing.T) {
 				acks++
 			}
 		}
-		var ids []uint64
-		for range acks { // a handler kept from running may be overtaken
-			ids = append(ids, h.want(frameAck).stream)
-		}
-		if slices.Sort(ids); !slices.Equal(ids, []uint64{1, 3}[:acks]) {
-			t.Errorf("cut after %d bytes: want %d ACKs, have those of %d", cut, acks, ids)
-		}
+		h.wantAcks([]uint64{1, 3}[:acks]...)
 		h.wantEOF()
 		healthy.wantAnswers()
 	}
@@ -2547,10 +2554,7 @@ func TestAsyncUnread(t *testing.T) {
 		close(second.open) // its ACK is behind that
 		sibling.wantNothing()
 		in.Close()
-		ids := []uint64{sibling.want(frameAck).stream, sibling.want(frameAck).stream}
-		if slices.Sort(ids); !slices.Equal(ids, []uint64{0, 1}) {
-			t.Errorf("want an ACK of each NOTIFY, have those of %d", ids)
-		}
+		sibling.wantAcks(0, 1)
 		sibling.wantNothing()
 		if gone.ctx.Err() == nil {
 			t.Error("want the context of the connection to have ended")
@@ -2587,13 +2591,7 @@ func TestAsyncNotBegun(t *testing.T) {
 		for _, name := range []string{"b", "c", "d", "e"} {
 			close(gates[name].open)
 		}
-		var ids []uint64
-		for range 5 {
-			ids = append(ids, sibling.want(frameAck).stream)
-		}
-		if slices.Sort(ids); !slices.Equal(ids, []uint64{0, 1, 2, 3, 4}) {
-			t.Errorf("want an ACK of each NOTIFY, have those of %d", ids)
-		}
+		sibling.wantAcks(0, 1, 2, 3, 4)
 	})
 }
 

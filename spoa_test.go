@@ -932,7 +932,7 @@ func TestShutdownListenerClosed(t *testing.T) {
 		go client(first, func(int) time.Duration { return tick })
 		go client(second, func(n int) time.Duration { // for want of a processor, say
 			if n%100 < 10 {
-				return (20*time.Millisecond) + (20*time.Millisecond)/2
+				return (20 * time.Millisecond) + (20*time.Millisecond)/2
 			}
 			return tick
 		})
@@ -941,14 +941,14 @@ func TestShutdownListenerClosed(t *testing.T) {
 		for range 2 {
 			end := <-ends
 			if end-last < (20*time.Millisecond)-tick { // their looks are out of step
-				t.Errorf("connections closed after %v and %v, want about %v in between", last, end, (20*time.Millisecond))
+				t.Errorf("connections closed after %v and %v, want about %v in between", last, end, (20 * time.Millisecond))
 			}
 			last = end
 		}
 		if err := <-shut; err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "Shutdown", start, (20*time.Millisecond), 2*time.Second)
+		wantTook(t, "Shutdown", start, (20 * time.Millisecond), 2*time.Second)
 		for range 4 {
 			if err := <-closed; err != nil {
 				t.Errorf("want a normal end, have %v", err)
@@ -994,7 +994,7 @@ func TestShutdownNeverQuiet(t *testing.T) {
 			for id := range sent {
 				sent[id] = time.Now()
 				h.send(notifyFrame(uint64(id), uint64(id)))
-				<-time.After((20*time.Millisecond) / 2)
+				<-time.After((20 * time.Millisecond) / 2)
 			}
 		}()
 		held := 0

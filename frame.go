@@ -646,7 +646,10 @@ var (
 
 // intern returns b as a string that may be kept.
 func (t *names) intern(b []byte) string {
-	if len(b) == 0 || len(b) > maxNameLen {
+	switch {
+	case len(b) == 0:
+		return ""
+	case len(b) > maxNameLen:
 		return string(b)
 	}
 	hash := maphash.Bytes(nameSeed, b)
@@ -717,20 +720,25 @@ func (m *Message) Len() int { return m.count }
 
 // Arg returns the argument at position i, from 0 to Len()-1; elsewhere the zero
 // Arg. It reads past those before it: Args and Decode read each but once.
-func (m *Message) Arg(i int) Arg {
+func (m *Message) Arg(i int) (a Arg) {
 	if i < 0 || i >= m.count {
-		return Arg{}
+		return a
 	}
-	b, ok := skipArgs(m.args, i)
+	b := m.args
+	if i > 0 {
+		b, _ = skipArgs(b, i)
+	}
+	name, rest, ok := cutString(b)
 	if !ok {
+		return a
+	}
+	if _, ok = cutValue(rest, &a.Value); !ok {
 		return Arg{}
 	}
-	var v Value
-	name, _, ok := cutKV(b, &v)
-	if !ok {
-		return Arg{}
+	if len(name) > 0 {
+		a.Name = interned.intern(name)
 	}
-	return Arg{interned.intern(name), v}
+	return a
 }
 
 // Lookup returns the first argument of that name.
@@ -773,15 +781,16 @@ func appendMessage(b []byte, m *Message) []byte {
 	return append(b, m.args[:len(m.args)-len(rest)]...)
 }
 
-// notify is a NOTIFY, whose payload has been checked and is decoded bit by bit:
-// decoded as a whole, many small arguments would take 25 times their bytes. Its
-// messages are handled one after the other, so one Message does for all.
+// notify is a NOTIFY. Its payload is checked as a whole, but decoded only as it
+// is read: many small arguments would take 25 times their bytes. Its messages are
+// handled one after the other, so one Message does for all.
 type notify struct {
 	stream, id uint64
 	engine     string
 	payload    []byte
-	current    Message // the one that nextMessage cut off last
-	left       int     // messages that are still to be cut off
+	current    Message
+	begun      bool // nextMessage has returned the first
+	left       int  // messages that nextMessage has yet to return
 }
 
 var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
@@ -789,14 +798,16 @@ var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
 // decode makes b, if it is well-formed, the payload of n. Messages and Values
 // are views of it.
 func (n *notify) decode(b []byte) error {
-	n.payload, n.left = b, 0
-	n.current.args, n.current.count, n.current.from = b, -1, n
+	n.payload, n.begun, n.left = b, false, 0
 	for len(b) > 0 {
-		_, count, rest, ok := cutMessage(b)
+		name, count, args, ok := cutMessage(b)
 		if !ok {
 			return errNotify
 		}
-		if b, ok = skipArgs(rest, count); !ok {
+		if n.left == 0 {
+			n.setCurrent(name, count, args)
+		}
+		if b, ok = skipArgs(args, count); !ok {
 			return errNotify
 		}
 		n.left++
@@ -811,17 +822,21 @@ func (n *notify) nextMessage() bool {
 		return false
 	}
 	n.left--
-	m := &n.current
-	b := m.args
-	if m.count >= 0 {
-		b, _ = skipArgs(b, m.count)
+	if n.begun {
+		b, _ := skipArgs(n.current.args, n.current.count)
+		name, count, args, _ := cutMessage(b)
+		n.setCurrent(name, count, args)
 	}
-	name, count, args, _ := cutMessage(b)
-	if m.name != string(name) {
-		m.name = interned.intern(name)
+	n.begun = true
+	return true
+}
+
+func (n *notify) setCurrent(name []byte, count int, args []byte) {
+	m := &n.current
+	if m.name != string(name) || m.from != n {
+		m.name, m.from = interned.intern(name), n
 	}
 	m.count, m.args = count, args
-	return true
 }
 
 // names iterates over the names of all messages. Another goroutine may call
@@ -845,26 +860,66 @@ func (n *notify) release() {
 }
 
 // cutMessage takes the name of a message and the number of its arguments from
-// the beginning of b; the rest begins with the arguments.
-func cutMessage(b []byte) (name []byte, count int, rest []byte, ok bool) {
-	name, rest, ok = cutString(b)
-	if !ok || len(rest) == 0 {
+// the beginning of b; args begins with the arguments.
+func cutMessage(b []byte) (name []byte, count int, args []byte, ok bool) {
+	name, args, ok = cutString(b)
+	if !ok || len(args) == 0 {
 		return nil, 0, nil, false
 	}
-	count, rest = int(rest[0]), rest[1:]
-	return name, count, rest, len(rest) >= 2*count // an argument has a name's length and a type
+	return name, int(args[0]), args[1:], true
 }
 
 // skipArgs returns b without the n arguments at its beginning. It reports
 // whether they are well-formed.
 func skipArgs(b []byte, n int) (rest []byte, ok bool) {
 	for range n {
+		size := shortArg(b)
+		if size > 0 {
+			b = b[size:]
+			continue
+		}
 		var v Value
 		if _, b, ok = cutKV(b, &v); !ok {
 			return nil, false
 		}
 	}
 	return b, true
+}
+
+// shortArg returns the size of the argument at the beginning of b if its name and
+// its value are short, as nearly all are; otherwise, or if it is malformed, 0.
+func shortArg(b []byte) int {
+	if len(b) < 2 || b[0] >= 240 {
+		return 0
+	}
+	at := 1 + int(b[0]) // of the type
+	if at >= len(b) {
+		return 0
+	}
+	size := at + 1
+	switch Kind(b[at] & 0x0f) {
+	case KindNull, KindBool:
+	case KindInt32, KindUint32, KindInt64, KindUint64:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size++
+	case KindIPv4:
+		size += 4
+	case KindIPv6:
+		size += 16
+	case KindString, KindBinary:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size += 1 + int(b[size])
+	default:
+		return 0
+	}
+	if size > len(b) {
+		return 0
+	}
+	return size
 }
 
 // Decode fills the struct that dst points to from the arguments. Fields are

@@ -1594,3 +1594,17 @@ func BenchmarkDecodeStruct(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkArg is all that the codec does for a NOTIFY with one address.
+func BenchmarkArg(b *testing.B) {
+	b.ReportAllocs()
+	var n notify
+	for b.Loop() {
+		if err := n.decode(ipPayload); err != nil || !n.nextMessage() {
+			b.Fatalf("want a message, have none, error %v", err)
+		}
+		if _, ok := n.current.Arg(0).Value.Addr(); !ok {
+			b.Fatal("want an address, have none")
+		}
+	}
+}

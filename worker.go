@@ -683,6 +683,8 @@ const (
 	busyLanes  = 3           // with a call at the last look or since,
 	busyCalls  = 32          // and so many of them inline since then
 	slowWarn   = time.Second // a handler that takes longer is warned of
+
+	maxSlowNames = 8 // messages named in the warnings of one look
 )
 
 // watch looks at the lanes whose handlers run: it takes connections away from
@@ -763,7 +765,11 @@ func (l *lane) look(now time.Duration) (inline, busy bool, calls uint64) {
 	busy = l.running.head != nil || l.queued.head != nil
 	var names []string
 	for _, j := range slow {
-		names = slices.AppendSeq(names, j.names())
+		for name := range j.names() {
+			if names = append(names, name); len(names) >= maxSlowNames {
+				break
+			}
+		}
 	}
 	l.mu.Unlock()
 	if shed != nil || late {

@@ -1,6 +1,7 @@
 package spoa
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -246,6 +247,9 @@ func Uint32(v uint32) Value { return Value{kind: KindUint32, lo: uint64(v)} }
 // Int64 returns an INT64, the only integer kind that HAProxy itself sends.
 func Int64(v int64) Value { return Value{kind: KindInt64, lo: uint64(v)} }
 
+// Int returns an INT64. It is short for Int64(int64(v)).
+func Int(v int) Value { return Int64(int64(v)) }
+
 // Uint64 returns a UINT64.
 func Uint64(v uint64) Value { return Value{kind: KindUint64, lo: v} }
 
@@ -335,11 +339,11 @@ func (v Value) Bytes() []byte {
 	return unsafe.Slice(unsafe.StringData(v.s), len(v.s))
 }
 
-// String returns v in readable form, of any kind. It is a copy.
+// String returns v in readable form, of any kind, NULL as "<null>". It is a copy.
 func (v Value) String() string {
 	switch v.kind {
 	case KindNull:
-		return "null"
+		return "<null>"
 	case KindBool:
 		return strconv.FormatBool(v.lo == 1)
 	case KindInt32, KindInt64:
@@ -353,10 +357,86 @@ func (v Value) String() string {
 	return strings.Clone(v.s)
 }
 
+// Format formats what String returns. The verb q quotes a STRING or BINARY, but
+// no other kind, so that NULL cannot be taken for a string.
+func (v Value) Format(s fmt.State, verb rune) {
+	if verb == 'q' && !v.isText() {
+		verb = 's'
+	}
+	fmt.Fprintf(s, fmt.FormatString(s, verb), v.String())
+}
+
+// Equal reports whether v and w are of the same kind and have the same value.
+// Int32(1) and Int64(1) are not equal. With it, go-cmp compares Values.
+func (v Value) Equal(w Value) bool {
+	return v.kind == w.kind && v.hi == w.hi && v.lo == w.lo && v.s == w.s
+}
+
 // Clone returns a Value that stays valid after the handler has returned.
 func (v Value) Clone() Value {
 	v.s = strings.Clone(v.s)
 	return v
+}
+
+// Header is a field of a header block. Both are views, as Value.Bytes returns.
+type Header struct{ Name, Value []byte }
+
+// Headers iterates over the header fields in an argument of HAProxy's req.hdrs or
+// res.hdrs, a STRING, or req.hdrs_bin or res.hdrs_bin, a BINARY, in their order.
+// There are none in NULL. Values come without spaces around them. It ends with an
+// error, and no Header, where the block is malformed or cut short; what it has
+// given before stands. It allocates nothing but that error, and takes as much
+// time as the block has bytes.
+func (v Value) Headers() iter.Seq2[Header, error] {
+	return func(yield func(Header, error) bool) {
+		cut, b := cutHeader, v.Bytes()
+		switch v.kind {
+		case KindNull:
+			return
+		case KindBinary:
+			cut = cutHeaderBin
+		case KindString:
+		default:
+			yield(Header{}, fmt.Errorf("spoa: header block: want string or binary, have %v", v.kind))
+			return
+		}
+		for rest := b; ; {
+			h, after, ok := cut(rest)
+			switch {
+			case !ok:
+				yield(Header{}, fmt.Errorf("spoa: header block: malformed or cut short at byte %d of %d: %.40q", len(b)-len(rest), len(b), rest))
+				return
+			case len(h.Name) == 0 && len(after) > 0:
+				yield(Header{}, fmt.Errorf("spoa: header block: %d bytes after its end", len(after)))
+				return
+			case len(h.Name) == 0 || !yield(h, nil):
+				return
+			}
+			rest = after
+		}
+	}
+}
+
+// cutHeader takes a line, "name: value", from the beginning of b. An empty one
+// ends the block: the Header has no name then.
+func cutHeader(b []byte) (h Header, rest []byte, ok bool) {
+	line, rest, ok := bytes.Cut(b, []byte("\r\n"))
+	if !ok || len(line) == 0 {
+		return h, rest, ok
+	}
+	h.Name, h.Value, ok = bytes.Cut(line, []byte(":"))
+	h.Value = bytes.Trim(h.Value, " \t")
+	return h, rest, ok && len(h.Name) > 0
+}
+
+// cutHeaderBin takes a name and a value, each with its length, from the beginning
+// of b. Two empty ones end the block.
+func cutHeaderBin(b []byte) (h Header, rest []byte, ok bool) {
+	if h.Name, rest, ok = cutString(b); !ok {
+		return h, nil, false
+	}
+	h.Value, rest, ok = cutString(rest)
+	return h, rest, ok && (len(h.Name) > 0 || len(h.Value) == 0)
 }
 
 // viewString returns a string that shares b's memory.
@@ -760,6 +840,13 @@ func (m *Message) Lookup(name string) (Value, bool) {
 	return Value{}, false
 }
 
+// Value returns the value of the first argument of that name, NULL if there is
+// none. Lookup tells an absent argument from one that is NULL.
+func (m *Message) Value(name string) Value {
+	v, _ := m.Lookup(name)
+	return v
+}
+
 // Args iterates over the arguments in their order.
 func (m *Message) Args() iter.Seq2[string, Value] {
 	return func(yield func(string, Value) bool) {
@@ -955,37 +1042,9 @@ func (m *Message) Decode(dst any) error {
 	if len(plan.fields) > len(few) {
 		seen = make([]bool, len(plan.fields))
 	}
-	base, b := p.UnsafePointer(), m.args
-	guess, at := 0, plan.named // the next field by name, the next by position
-	for i := range m.count {
-		var v Value
-		name, rest, ok := cutKV(b, &v)
-		if !ok {
-			break
-		}
-		b = rest
-		for ; at < len(plan.fields) && plan.fields[at].pos == i; at++ {
-			seen[at] = true
-			if err := plan.fields[at].set(m, base, v); err != nil {
-				return err
-			}
-		}
-		j := guess
-		if j >= plan.named || plan.fields[j].name != string(name) {
-			if j, ok = plan.byName[string(name)]; !ok {
-				continue
-			}
-		}
-		if seen[j] {
-			continue // the first of a name counts
-		}
-		for ; j < plan.named && plan.fields[j].name == string(name); j++ {
-			seen[j] = true
-			if err := plan.fields[j].set(m, base, v); err != nil {
-				return err
-			}
-		}
-		guess = j
+	base := p.UnsafePointer()
+	if err := plan.fill(m, base, seen); err != nil {
+		return err
 	}
 	for i := range plan.fields {
 		if f := &plan.fields[i]; !seen[i] {
@@ -994,6 +1053,45 @@ func (m *Message) Decode(dst any) error {
 			}
 			f.clear(base)
 		}
+	}
+	return nil
+}
+
+// fill stores the arguments of m in the fields of the struct at base, and marks
+// the fields that have one as seen. It reads each argument once. Arguments that
+// come in the order of the fields need no search.
+func (p *decodePlan) fill(m *Message, base unsafe.Pointer, seen []bool) error {
+	b := m.args
+	named, at := 0, p.named // the next field by name, the next by position
+	for i := range m.count {
+		var v Value
+		name, rest, ok := cutKV(b, &v)
+		if !ok {
+			break
+		}
+		b = rest
+		for ; at < len(p.fields) && p.fields[at].pos == i; at++ {
+			seen[at] = true
+			if err := p.fields[at].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		j := named
+		if j >= p.named || p.fields[j].name != string(name) {
+			if j, ok = p.byName[string(name)]; !ok {
+				continue
+			}
+		}
+		if seen[j] {
+			continue // the first of a name counts
+		}
+		for ; j < p.named && p.fields[j].name == string(name); j++ {
+			seen[j] = true
+			if err := p.fields[j].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		named = j
 	}
 	return nil
 }
@@ -1284,6 +1382,9 @@ func (a Action) String() string {
 	if a.Unset {
 		return fmt.Sprintf("unset-var %v.%s", a.Scope, a.Name)
 	}
+	if a.Value.kind == KindNull {
+		return fmt.Sprintf("set-var %v.%s null", a.Scope, a.Name)
+	}
 	return fmt.Sprintf("set-var %v.%s %v %v", a.Scope, a.Name, a.Value.kind, a.Value)
 }
 
@@ -1445,7 +1546,10 @@ func describe(b []byte) string {
 			fmt.Fprintf(&s, " %s(", n.current.name)
 			separator := ""
 			for name, v := range n.current.Args() {
-				fmt.Fprintf(&s, "%s%s=%v %q", separator, name, v.kind, v.String())
+				fmt.Fprintf(&s, "%s%s=%v", separator, name, v.kind)
+				if v.kind != KindNull {
+					fmt.Fprintf(&s, " %q", v)
+				}
 				separator = ", "
 			}
 			s.WriteString(")")

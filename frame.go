@@ -100,14 +100,23 @@ func (s Status) String() string {
 	return "status " + strconv.FormatUint(uint64(s), 10)
 }
 
-// DisconnectError says why a connection ended. With Remote the peer said so in
-// a DISCONNECT frame; without, this side found the fault and told the peer.
+// DisconnectError says why a connection ended (SPOE.txt 3.2.8). With Remote the
+// peer said so in a DISCONNECT frame; without, this side found the fault and told
+// the peer.
 type DisconnectError struct {
-	Status  Status
-	Message string // what the peer or the decoder said beyond the status
-	Remote  bool
+	Status Status
+
+	// Message is what the peer or the decoder said beyond the status. The peer's
+	// words are as they came: up to a frame long, and of any bytes.
+	Message string
+
+	Remote bool
+
+	hint string // what to do, if it is not the status's
 }
 
+// Error returns the status in words and as a number, the message, and what can be
+// done about it.
 func (e *DisconnectError) Error() string {
 	var b strings.Builder
 	if e.Remote {
@@ -117,7 +126,11 @@ func (e *DisconnectError) Error() string {
 	if e.Message != "" && e.Message != e.Status.String() {
 		b.WriteString(": " + e.Message)
 	}
-	if hint := statusText[e.Status].hint; hint != "" {
+	hint := e.hint
+	if hint == "" {
+		hint = statusText[e.Status].hint
+	}
+	if hint != "" {
 		b.WriteString("; " + hint)
 	}
 	return b.String()
@@ -125,6 +138,36 @@ func (e *DisconnectError) Error() string {
 
 func fault(s Status, format string, args ...any) *DisconnectError {
 	return &DisconnectError{Status: s, Message: fmt.Sprintf(format, args...)}
+}
+
+// otherProtocols are the first bytes of peers that speak something else. As the
+// length of a frame each of them is too big.
+var otherProtocols = []struct{ prefix, name, hint string }{
+	{"GET ", "HTTP", httpHint}, {"HEAD", "HTTP", httpHint}, {"POST", "HTTP", httpHint}, {"PUT ", "HTTP", httpHint},
+	{"DELE", "HTTP", httpHint}, {"OPTI", "HTTP", httpHint}, {"CONN", "HTTP", httpHint}, {"TRAC", "HTTP", httpHint},
+	{"PATC", "HTTP", httpHint}, {"HTTP", "HTTP", httpHint}, {"PRI ", "HTTP/2", httpHint},
+	{"\x16\x03", "TLS", tlsHint}, {"\x15\x03", "TLS", tlsHint}, // a handshake; an alert
+	{"PROX", "the PROXY protocol", proxyHint}, {"\r\n\r\n", "the PROXY protocol", proxyHint}, // versions 1 and 2
+	{"SSH-", "SSH", "is it the right port?"},
+}
+
+const (
+	httpHint  = "is it the right port? HAProxy reaches an agent by the backend of a spoe-agent, and checks it with option spop-check"
+	tlsHint   = "use TLS on both sides or on neither, in HAProxy by ssl on the server line"
+	proxyHint = "remove send-proxy from HAProxy's server line"
+)
+
+// otherProtocol returns the fault of a peer whose first bytes, at least 4 of them,
+// are of a well-known protocol other than SPOP; nil if they are not.
+func otherProtocol(b []byte) *DisconnectError {
+	for _, p := range otherProtocols {
+		if bytes.HasPrefix(b, []byte(p.prefix)) {
+			e := fault(StatusInvalidFrame, "the peer speaks %s, not SPOP", p.name)
+			e.hint = p.hint
+			return e
+		}
+	}
+	return nil
 }
 
 // appendVarint appends v in the encoding of HAProxy's peers protocol

@@ -3,6 +3,7 @@ package spoa
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -20,6 +21,40 @@ import (
 	"testing"
 	"unsafe"
 )
+
+func TestOtherProtocol(t *testing.T) {
+	for _, tt := range []struct{ bytes, want string }{
+		{"GET / HTTP/1.1\r\n", "HTTP"}, {"POST /", "HTTP"}, {"HEAD /", "HTTP"}, {"PUT /", "HTTP"}, {"DELETE /", "HTTP"},
+		{"OPTIONS *", "HTTP"}, {"CONNECT a:1", "HTTP"}, {"TRACE /", "HTTP"}, {"PATCH /", "HTTP"}, {"HTTP/1.1 400 Bad Request", "HTTP"},
+		{"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2"},
+		{"\x16\x03\x01\x02\x00\x01", "TLS"}, {"\x15\x03\x03\x00\x02\x02\x0a", "TLS"},
+		{"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n", "the PROXY protocol"},
+		{"\r\n\r\n\x00\r\nQUIT\n\x21", "the PROXY protocol"},
+		{"SSH-2.0-OpenSSH_9.9\r\n", "SSH"},
+		{"\x00\x00\x00\x7d\x01", ""}, {"\x00\x03\x16\x03", ""}, {"\x16\x04\x00\x00", ""}, {"GETS", ""}, {"\x00\x00\x00\x00", ""},
+	} {
+		have := otherProtocol([]byte(tt.bytes))
+		switch {
+		case tt.want == "":
+			if have != nil {
+				t.Errorf("%q: want nothing, have %v", tt.bytes, have)
+			}
+		case have == nil:
+			t.Errorf("%q: want %s, have nothing", tt.bytes, tt.want)
+		default:
+			words := "invalid frame received (4): the peer speaks " + tt.want + ", not SPOP; "
+			if text := have.Error(); !strings.HasPrefix(text, words) || strings.Contains(text, "really") || strings.Contains(text, "\n") {
+				t.Errorf("%q: want %s and what to do, have %s", tt.bytes, words, text)
+			}
+			if size := binary.BigEndian.Uint32([]byte(tt.bytes)); size <= defaultFrameSize {
+				t.Errorf("%q: want what is no length of a frame, have %d bytes", tt.bytes, size)
+			}
+		}
+		if other := otherProtocol([]byte(tt.bytes[:lengthSize])); (other == nil) != (have == nil) {
+			t.Errorf("%q: want the first 4 bytes to do, have %v", tt.bytes, other)
+		}
+	}
+}
 
 // ids encodes the ids of a frame.
 func ids(stream, id uint64) []byte { return appendVarint(appendVarint(nil, stream), id) }

@@ -274,7 +274,7 @@ func TestHooks(t *testing.T) {
 			t.Errorf("ConnClosed: want %+v, have %+v", want, p)
 		}
 		var d *DisconnectError
-		if err := <-errs; !errors.As(err, &d) || *d != (DisconnectError{StatusIO, "gone", true}) {
+		if err := <-errs; !errors.As(err, &d) || *d != (DisconnectError{Status: StatusIO, Message: "gone", Remote: true}) {
 			t.Errorf("ConnClosed: want what the peer said, have %v", err)
 		}
 	})

@@ -9,7 +9,6 @@ require (
 	github.com/gaissmai/bart v0.30.0
 	github.com/go-kit/log v0.2.1
 	github.com/oklog/run v1.2.0
-	github.com/peterbourgon/ff/v3 v3.4.0
 	github.com/prometheus/client_golang v1.25.0
 	github.com/prometheus/client_model v0.6.3
 	github.com/spoa-go/spoa v0.1.0

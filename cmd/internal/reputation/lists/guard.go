@@ -112,12 +112,16 @@ func (p *parser) findCut() error {
 	return nil
 }
 
-// shrunk fails if a list lost more than half of its entries since it last came
-// into force. One that is empty by intention is no loss.
-func (c *content) shrunk(f File, before int) error {
-	have := c.set.len()
-	if before < small || have*2 >= before || c.lines == 0 || f.Accept&AcceptShrunk != 0 {
+// hasShrunk reports whether a list lost more than half of its entries since it
+// last came into force. One that is empty by intention is no loss.
+func (c *content) hasShrunk(before int) bool {
+	return before >= small && c.set.len()*2 < before && c.lines > 0
+}
+
+func (c *content) shrunk(f File, shown string, before int) error {
+	if !c.hasShrunk(before) || f.Accept&AcceptShrunk != 0 {
 		return nil
 	}
-	return refuse(Shrunk, fmt.Errorf("%s: %d entries, less than half of the %d in force; accept=shrunk takes it nevertheless", f.Path, have, before))
+	return refuse(Shrunk, fmt.Errorf("%s: %d entries, less than half of the %d in force; accept=shrunk takes it nevertheless",
+		shown, c.set.len(), before))
 }

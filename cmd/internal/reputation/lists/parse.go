@@ -29,7 +29,8 @@ type content struct {
 	errs     []error // of the first of these
 	below    int     // lines whose count was too low
 	numbers  int     // lines with a number behind the address
-	number   string  // where the first of these is
+	number   int     // the first of these
+	column   Column  // what this number is
 	comments int
 	blank    bool // it has not even a comment
 
@@ -126,6 +127,7 @@ func parse(r io.Reader, f File, allow bool, name string, size int64) (*content, 
 		err = p.judge()
 	}
 	p.set.notes.done()
+	p.column = p.Column
 	if err != nil {
 		return p.content, err
 	}
@@ -349,7 +351,7 @@ func (p *parser) take(rec record) error {
 	p.lines++
 	if len(rec.number) > 0 && !rec.aside {
 		if p.numbers++; p.numbers == 1 {
-			p.number = fmt.Sprintf("%s:%d", p.name, p.line)
+			p.number = p.line
 		}
 	}
 	if !listed {

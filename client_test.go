@@ -128,7 +128,8 @@ func show(actions []Action) string {
 
 func wantStatus(t *testing.T, err error, status Status, remote bool) {
 	t.Helper()
-	if d, ok := errors.AsType[*DisconnectError](err); !ok || d.Status != status || d.Remote != remote {
+	var d *DisconnectError
+	if !errors.As(err, &d) || d.Status != status || d.Remote != remote {
 		t.Errorf("want status %v, remote %v; have %v", status, remote, err)
 	}
 }

@@ -44,8 +44,8 @@ from 0 for the worst addresses to 100 for those on no list.
                 both in one list a 60
       column    what a number behind an address is: score (0 is worst), badness
                 (100 is worst), 'count>=3' (listed from 3 on), or ignore.
-                Without it the number is not used, and a warning says so. The
-                list can say so too, before its first entry: # spoa: column=score
+                Without it the number is not used, and a warning says so. A list
+                can say it too, before its first entry: # spoa: column=score
       field     where CSV or JSON has this number
       accept    take the list in spite of a fault for which it is refused: cut
                 (its end is missing), wide (it has a prefix such as 0.0.0.0/0),

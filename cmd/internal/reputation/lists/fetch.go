@@ -1,6 +1,7 @@
 package lists
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -56,7 +57,7 @@ func newRemote(o Options) remote {
 		t.ResponseHeaderTimeout = 30 * time.Second
 		client.Transport = t
 	}
-	client.Timeout = fetchTime
+	client.Timeout = cmp.Or(o.timeout, fetchTime)
 	client.CheckRedirect = func(r *http.Request, via []*http.Request) error {
 		switch {
 		case len(via) > maxRedirects:
@@ -66,7 +67,7 @@ func newRemote(o Options) remote {
 		}
 		return nil
 	}
-	return remote{client: client, cache: cache{o.Cache}, pause: time.Second}
+	return remote{client: client, cache: cache{o.Cache}, pause: cmp.Or(o.pause, time.Second)}
 }
 
 // showURL returns a URL without its user and query, in which secrets may be, and

@@ -1,6 +1,7 @@
 package lists
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,8 @@ type Options struct {
 	Cache   string        // directory for the last good copy of each URL; empty for none
 	Client  *http.Client  // for URLs; its CheckRedirect and Timeout are replaced; default: one that verifies TLS
 	Stdin   io.Reader     // of the list named "-"
+
+	settle, pause, timeout time.Duration // for tests; 0 for those of Lists and remote
 }
 
 // Lists answers what block lists and allow lists say of an address. Their sources
@@ -96,7 +99,7 @@ type Stats struct {
 
 // Open loads all lists, or fails naming each one that cannot be used.
 func Open(ctx context.Context, o Options) (*Lists, error) {
-	l := &Lists{options: o, logger: o.Logger, poll: 10 * time.Second, settle: 100 * time.Millisecond}
+	l := &Lists{options: o, logger: o.Logger, poll: 10 * time.Second, settle: cmp.Or(o.settle, 100*time.Millisecond)}
 	if l.logger == nil {
 		l.logger = log.NewNopLogger()
 	}
@@ -151,7 +154,7 @@ func (l *Lists) expand(start bool) (changed bool) {
 		for _, s := range old {
 			if !slices.Contains(n.sources, s) {
 				changed = true
-				level.Info(l.logger).Log("list", s.name, "msg", "list gone with its file", "file", s.shown)
+				level.Warn(l.logger).Log("list", s.name, "msg", "list gone with its file", "file", s.shown)
 			}
 		}
 		if n.many && len(n.sources) == 0 && (start || len(old) > 0) {

@@ -174,7 +174,7 @@ func TestPeerDoesNotRead(t *testing.T) {
 				rawHello(t, nc)
 				synctest.Wait()
 				for c := range a.conns {
-					c.pace.left = tt.spread
+					c.pace.spread = tt.spread
 				}
 				start := time.Now()
 				go func() {

@@ -71,7 +71,7 @@ func TestPaceAfterSpread(t *testing.T) {
 		*g = *newGates()
 		p := b.peer()
 		c := b.sole()
-		c.pace.left, c.pace.slow = 2, true
+		c.pace.spread, c.pace.slow = 2, true
 		p.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
 		for _, s := range []string{"a", "b"} {
 			<-g.in
@@ -82,7 +82,7 @@ func TestPaceAfterSpread(t *testing.T) {
 		p.want(1, 2, sets("wait", "b"))
 		p.want(1, 3, sets("echo", "c"))
 		synctest.Wait()
-		if c.pace.left != 0 || c.pace.slow {
+		if c.pace.spread != 0 || c.pace.slow {
 			t.Errorf("want the next calls inline, have %+v", c.pace)
 		}
 	})
@@ -143,7 +143,7 @@ func TestWorkersClosed(t *testing.T) {
 	bubble(t, []Option{WithPipelining(2), WithHandlerFunc("wait", g.wait)}, func(t *testing.T, b *bed) {
 		*g = *newGates()
 		p := b.peer()
-		b.sole().pace.left = 100
+		b.sole().pace.spread = 100
 		var frames [][]byte
 		for id := range uint64(50) {
 			frames = append(frames, notifyOf(1, id, waiting("x")))
@@ -498,7 +498,7 @@ func TestWorkersAllocs(t *testing.T) {
 					var c *conn
 					b := newBed(t, l, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
 						WithHandlerFunc("place", func(context.Context, *Message, *Actions) error {
-							c.pace.left = left // by the reader, whose it is
+							c.pace.spread = left // by the reader, whose it is
 							return nil
 						}))...)
 					p := b.quietPeer()
@@ -695,7 +695,7 @@ func TestPace(t *testing.T) {
 		for !p.inline() {
 		}
 		tried.step(&p)
-		if want, have := tried.want, p.left; want != have {
+		if want, have := tried.want, p.spread; want != have {
 			t.Errorf("after a run of spread ones: want %d more, have %d", want, have)
 		}
 	}

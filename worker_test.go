@@ -185,7 +185,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 	bubble(t, opts, func(t *testing.T, b *bed) {
 		*g = *newGates()
 		p := b.peer()
-		b.sole().pace.left = 3 // to be spread
+		b.sole().pace.spread = 3 // to be spread
 		p.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
 		p.want(1, 1, sets("fault", "timeout"))
 		for id := uint64(2); id <= 3; id++ {

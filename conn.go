@@ -414,6 +414,11 @@ func (rd *reader) next() (bool, error) {
 	if len(b) < lengthSize {
 		return false, nil
 	}
+	if !c.greeted {
+		if d := otherProtocol(b); d != nil {
+			return false, d
+		}
+	}
 	size := binary.BigEndian.Uint32(b)
 	switch {
 	case size > uint32(c.agreed.frameSize):

@@ -471,5 +471,5 @@ func TestReasonArrives(t *testing.T) {
 		t.Fatal(err)
 	}
 	receive(t, "the end", closed)
-	newHAProxy(t, nc).wantEnd(StatusFrameTooBig)
+	newHAProxy(t, nc).wantEnd(StatusInvalidFrame)
 }

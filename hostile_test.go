@@ -173,7 +173,7 @@ func TestPeerDoesNotRead(t *testing.T) {
 				rawHello(t, nc)
 				synctest.Wait()
 				for c := range a.conns {
-					c.pace.left = tt.spread
+					c.pace.spread = tt.spread
 				}
 				start := time.Now()
 				go func() {
@@ -346,7 +346,7 @@ func TestReset(t *testing.T) {
 			h.send(strings.Repeat(long, 500))
 		}},
 		{"DISCONNECT not awaited", func(h *haproxy) { h.hello(); h.send(goodbye) }},
-		{"DISCONNECT of the agent", func(h *haproxy) { h.send("GET / HTTP/1.1\r\n\r\n"); h.wantEnd(StatusFrameTooBig) }},
+		{"DISCONNECT of the agent", func(h *haproxy) { h.send("GET / HTTP/1.1\r\n\r\n"); h.wantEnd(StatusInvalidFrame) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for range 5 {

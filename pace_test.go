@@ -71,7 +71,7 @@ func TestPaceAfterSpread(t *testing.T) {
 		a, ln := startMem(t, WithPipelining(1), WithHandler("wait", g), WithHandlerFunc("echo", echo))
 		h := ln.greet(t)
 		c := only(t, a)
-		c.pace.left, c.pace.slow = 2, true
+		c.pace.spread, c.pace.slow = 2, true
 		h.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
 		for _, s := range []string{"a", "b"} {
 			<-g.entered
@@ -82,7 +82,7 @@ func TestPaceAfterSpread(t *testing.T) {
 		h.wantActions(1, 2, sets("wait", "b"))
 		h.wantActions(1, 3, sets("echo", "c"))
 		synctest.Wait()
-		if c.pace.left != 0 || c.pace.slow {
+		if c.pace.spread != 0 || c.pace.slow {
 			t.Errorf("want the next calls inline, have %+v", c.pace)
 		}
 	})
@@ -144,7 +144,7 @@ func TestWorkersClosed(t *testing.T) {
 		g := newGate()
 		a, ln := startMem(t, WithPipelining(2), WithHandler("wait", g))
 		h := ln.greet(t)
-		only(t, a).pace.left = 100
+		only(t, a).pace.spread = 100
 		var frames []string
 		for id := range uint64(50) {
 			frames = append(frames, notifyOf(1, id, waiting("x")))
@@ -491,7 +491,7 @@ func TestWorkersAllocs(t *testing.T) {
 					var c *conn
 					a, dial := startTCP(t, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
 						WithHandlerFunc("place", func(context.Context, *Message, *Actions) error {
-							c.pace.left = left // by the reader, whose it is
+							c.pace.spread = left // by the reader, whose it is
 							return nil
 						}))...)
 					nc := dial()
@@ -689,7 +689,7 @@ func TestPace(t *testing.T) {
 		for !p.inline() {
 		}
 		tried.step(&p)
-		if want, have := tried.want, p.left; want != have {
+		if want, have := tried.want, p.spread; want != have {
 			t.Errorf("after a run of spread ones: want %d more, have %d", want, have)
 		}
 	}

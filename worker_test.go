@@ -190,7 +190,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 		a, ln := startMem(t, WithHandlerTimeout(20*time.Millisecond), WithPipelining(1), WithFaultVar(ScopeTxn, "fault"),
 			WithHandler("wait", g), WithHandlerFunc("echo", echo), r.hook())
 		h := ln.greet(t)
-		only(t, a).pace.left = 3 // to be spread
+		only(t, a).pace.spread = 3 // to be spread
 		h.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
 		h.wantActions(1, 1, sets("fault", "timeout"))
 		for id := uint64(2); id <= 3; id++ {

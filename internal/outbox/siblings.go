@@ -96,9 +96,17 @@ func (s *Siblings) some(n int) []*Box {
 // send sends those of the frames that are carried by other boxes.
 func (s *Siblings) send(frames []byte) {
 	frames = slices.Clip(s.filter(frames))
-	frames = s.sendBy(s.some(1), frames) // mostly one takes all
-	if len(frames) > 0 {
-		frames = s.sendBy(s.some(math.MaxInt), frames)
+	for len(frames) > 0 {
+		one := s.some(1)
+		if one == nil {
+			break
+		}
+		// Mostly one takes all. A closed one leaves, so that each is found once.
+		var open bool
+		if frames, open = s.sendBy(one, frames); open && len(frames) > 0 {
+			frames, _ = s.sendBy(s.some(math.MaxInt), frames)
+			break
+		}
 	}
 	n := 0
 	for ; len(frames) > 0; n++ {
@@ -110,10 +118,9 @@ func (s *Siblings) send(frames []byte) {
 }
 
 // sendBy sends the frames by the boxes, each of which takes what it can, and
-// returns those that none took.
-func (s *Siblings) sendBy(boxes []*Box, frames []byte) (rest []byte) {
+// returns those that none took. It reports whether the last one tried was open.
+func (s *Siblings) sendBy(boxes []*Box, frames []byte) (rest []byte, open bool) {
 	for _, b := range boxes {
-		var open bool
 		if frames, open = b.take(frames); open {
 			b.Flush()
 		} else {
@@ -123,7 +130,7 @@ func (s *Siblings) sendBy(boxes []*Box, frames []byte) (rest []byte) {
 			break
 		}
 	}
-	return frames
+	return frames, open
 }
 
 // filter returns the frames that are carried, in the memory of b.

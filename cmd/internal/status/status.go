@@ -45,6 +45,7 @@ type Status struct {
 	messages map[string]*messageMetrics
 	other    *messageMetrics // of all other messages
 	verdicts map[string]prometheus.Counter
+	verdict  *prometheus.CounterVec
 	unlisted prometheus.Counter
 	random   prometheus.Counter
 	opened   prometheus.Counter
@@ -156,6 +157,7 @@ func (st *Status) registerVerdicts() {
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
+	st.verdict = verdicts
 	st.unlisted = verdicts.WithLabelValues("unlisted", "")
 	for _, s := range st.config.Lists.Stats() {
 		if !s.Allow { // two files may have one name, and so one counter
@@ -262,7 +264,11 @@ func (st *Status) Judged(list string, listed bool) {
 	case st.random != nil:
 		st.random.Inc()
 	case listed:
-		st.verdicts[list].Inc()
+		if c := st.verdicts[list]; c != nil {
+			c.Inc()
+		} else { // a file that came to a directory of lists
+			st.verdict.WithLabelValues("listed", list).Inc()
+		}
 	default:
 		st.unlisted.Inc()
 	}

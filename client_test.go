@@ -687,12 +687,12 @@ func scoreAgent(t *testing.T, ln net.Listener) {
 				case frameHAProxyDisconnect:
 					out = []byte(normalBye)
 				case frameNotify:
-					if err := n.decode(f.payload, new(names)); err != nil {
+					if err := n.decode(f.payload); err != nil || !n.nextMessage() {
 						t.Error(err)
 						return
 					}
 					var a Actions
-					a.SetVar(ScopeSess, "ip_score", n.msgs[0].Arg(0).Value)
+					a.SetVar(ScopeSess, "ip_score", n.current.Arg(0).Value)
 					out = appendAck(nil, flagFIN, ids(f.stream, f.id), a.buf)
 				}
 				if _, err := conn.Write(out); err != nil {

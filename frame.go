@@ -1,16 +1,21 @@
 package spoa
 
 import (
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"hash/maphash"
 	"iter"
 	"math"
+	"math/bits"
 	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 )
 
@@ -87,6 +92,15 @@ var statusText = map[Status]struct{ name, hint string }{
 	StatusUnknown:         {"unknown error", ""},
 }
 
+// kind returns s's words as a kind of log line, of which there are few: all codes
+// that SPOP does not know are of one kind.
+func (s Status) kind() string {
+	if t, ok := statusText[s]; ok {
+		return t.name
+	}
+	return "unknown status"
+}
+
 // String returns the specification's words for s.
 func (s Status) String() string {
 	if t, ok := statusText[s]; ok {
@@ -95,14 +109,23 @@ func (s Status) String() string {
 	return "status " + strconv.FormatUint(uint64(s), 10)
 }
 
-// DisconnectError says why a connection ended. With Remote the peer said so in
-// a DISCONNECT frame; without, this side found the fault and told the peer.
+// DisconnectError says why a connection ended (SPOE.txt 3.2.8). With Remote the
+// peer said so in a DISCONNECT frame; without, this side found the fault and told
+// the peer.
 type DisconnectError struct {
-	Status  Status
-	Message string // what the peer or the decoder said beyond the status
-	Remote  bool
+	Status Status
+
+	// Message is what the peer or the decoder said beyond the status. The peer's
+	// words are as they came: up to a frame long, and of any bytes.
+	Message string
+
+	Remote bool
+
+	hint string // what to do, if it is not the status's
 }
 
+// Error returns the status in words and as a number, the message, and what can be
+// done about it.
 func (e *DisconnectError) Error() string {
 	var b strings.Builder
 	if e.Remote {
@@ -112,7 +135,11 @@ func (e *DisconnectError) Error() string {
 	if e.Message != "" && e.Message != e.Status.String() {
 		b.WriteString(": " + e.Message)
 	}
-	if hint := statusText[e.Status].hint; hint != "" {
+	hint := e.hint
+	if hint == "" {
+		hint = statusText[e.Status].hint
+	}
+	if hint != "" {
 		b.WriteString("; " + hint)
 	}
 	return b.String()
@@ -120,6 +147,36 @@ func (e *DisconnectError) Error() string {
 
 func fault(s Status, format string, args ...any) *DisconnectError {
 	return &DisconnectError{Status: s, Message: fmt.Sprintf(format, args...)}
+}
+
+// otherProtocols are the first bytes of peers that speak something else. As the
+// length of a frame each of them is too big.
+var otherProtocols = []struct{ prefix, name, hint string }{
+	{"GET ", "HTTP", httpHint}, {"HEAD", "HTTP", httpHint}, {"POST", "HTTP", httpHint}, {"PUT ", "HTTP", httpHint},
+	{"DELE", "HTTP", httpHint}, {"OPTI", "HTTP", httpHint}, {"CONN", "HTTP", httpHint}, {"TRAC", "HTTP", httpHint},
+	{"PATC", "HTTP", httpHint}, {"HTTP", "HTTP", httpHint}, {"PRI ", "HTTP/2", httpHint},
+	{"\x16\x03", "TLS", tlsHint}, {"\x15\x03", "TLS", tlsHint}, // a handshake; an alert
+	{"PROX", "the PROXY protocol", proxyHint}, {"\r\n\r\n", "the PROXY protocol", proxyHint}, // versions 1 and 2
+	{"SSH-", "SSH", "is it the right port?"},
+}
+
+const (
+	httpHint  = "is it the right port? HAProxy reaches an agent by the backend of a spoe-agent, and checks it with option spop-check"
+	tlsHint   = "use TLS on both sides or on neither, in HAProxy by ssl on the server line"
+	proxyHint = "remove send-proxy from HAProxy's server line"
+)
+
+// otherProtocol returns the fault of a peer whose first bytes, at least 4 of them,
+// are of a well-known protocol other than SPOP; nil if they are not.
+func otherProtocol(b []byte) *DisconnectError {
+	for _, p := range otherProtocols {
+		if bytes.HasPrefix(b, []byte(p.prefix)) {
+			e := fault(StatusInvalidFrame, "the peer speaks %s, not SPOP", p.name)
+			e.hint = p.hint
+			return e
+		}
+	}
+	return nil
 }
 
 // appendVarint appends v in the encoding of HAProxy's peers protocol
@@ -172,9 +229,11 @@ func appendString(b []byte, s string) []byte {
 
 // cutString takes a length and that many bytes from the beginning of b.
 func cutString(b []byte) (s, rest []byte, ok bool) {
-	if len(b) > 0 && b[0] < 240 && int(b[0]) < len(b) { // nearly all
-		end := 1 + int(b[0])
-		return b[1:end:end], b[end:], true
+	if len(b) > 0 {
+		if size := int(b[0]); size < 240 && size < len(b) { // nearly all
+			end := 1 + size
+			return b[1:end:end], b[end:], true
+		}
 	}
 	size, n := varint(b)
 	if n == 0 || size > uint64(len(b)-n) {
@@ -239,6 +298,9 @@ func Uint32(v uint32) Value { return Value{kind: KindUint32, lo: uint64(v)} }
 
 // Int64 returns an INT64, the only integer kind that HAProxy itself sends.
 func Int64(v int64) Value { return Value{kind: KindInt64, lo: uint64(v)} }
+
+// Int returns an INT64. It is short for Int64(int64(v)).
+func Int(v int) Value { return Int64(int64(v)) }
 
 // Uint64 returns a UINT64.
 func Uint64(v uint64) Value { return Value{kind: KindUint64, lo: v} }
@@ -317,21 +379,23 @@ func (v Value) Addr() (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
+func (v Value) isText() bool { return v.kind == KindString || v.kind == KindBinary }
+
 // Bytes returns the bytes of a STRING or BINARY, nil for other kinds. It is a
 // view: it must not be written to, and those of a Message are gone when the
 // handler returns.
 func (v Value) Bytes() []byte {
-	if v.kind != KindString && v.kind != KindBinary {
+	if !v.isText() {
 		return nil
 	}
 	return unsafe.Slice(unsafe.StringData(v.s), len(v.s))
 }
 
-// String returns v in readable form, of any kind. It is a copy.
+// String returns v in readable form, of any kind, NULL as "<null>". It is a copy.
 func (v Value) String() string {
 	switch v.kind {
 	case KindNull:
-		return "null"
+		return "<null>"
 	case KindBool:
 		return strconv.FormatBool(v.lo == 1)
 	case KindInt32, KindInt64:
@@ -345,10 +409,86 @@ func (v Value) String() string {
 	return strings.Clone(v.s)
 }
 
+// Format formats what String returns. The verb q quotes a STRING or BINARY, but
+// no other kind, so that NULL cannot be taken for a string.
+func (v Value) Format(s fmt.State, verb rune) {
+	if verb == 'q' && !v.isText() {
+		verb = 's'
+	}
+	fmt.Fprintf(s, fmt.FormatString(s, verb), v.String())
+}
+
+// Equal reports whether v and w are of the same kind and have the same value.
+// Int32(1) and Int64(1) are not equal. With it, go-cmp compares Values.
+func (v Value) Equal(w Value) bool {
+	return v.kind == w.kind && v.hi == w.hi && v.lo == w.lo && v.s == w.s
+}
+
 // Clone returns a Value that stays valid after the handler has returned.
 func (v Value) Clone() Value {
 	v.s = strings.Clone(v.s)
 	return v
+}
+
+// Header is a field of a header block. Both are views, as Value.Bytes returns.
+type Header struct{ Name, Value []byte }
+
+// Headers iterates over the header fields in an argument of HAProxy's req.hdrs or
+// res.hdrs, a STRING, or req.hdrs_bin or res.hdrs_bin, a BINARY, in their order.
+// There are none in NULL. Values come without spaces around them. It ends with an
+// error, and no Header, where the block is malformed or cut short; what it has
+// given before stands. It allocates nothing but that error, and takes as much
+// time as the block has bytes.
+func (v Value) Headers() iter.Seq2[Header, error] {
+	return func(yield func(Header, error) bool) {
+		cut, b := cutHeader, v.Bytes()
+		switch v.kind {
+		case KindNull:
+			return
+		case KindBinary:
+			cut = cutHeaderBin
+		case KindString:
+		default:
+			yield(Header{}, fmt.Errorf("spoa: header block: want string or binary, have %v", v.kind))
+			return
+		}
+		for rest := b; ; {
+			h, after, ok := cut(rest)
+			switch {
+			case !ok:
+				yield(Header{}, fmt.Errorf("spoa: header block: malformed or cut short at byte %d of %d: %.40q", len(b)-len(rest), len(b), rest))
+				return
+			case len(h.Name) == 0 && len(after) > 0:
+				yield(Header{}, fmt.Errorf("spoa: header block: %d bytes after its end", len(after)))
+				return
+			case len(h.Name) == 0 || !yield(h, nil):
+				return
+			}
+			rest = after
+		}
+	}
+}
+
+// cutHeader takes a line, "name: value", from the beginning of b. An empty one
+// ends the block: the Header has no name then.
+func cutHeader(b []byte) (h Header, rest []byte, ok bool) {
+	line, rest, ok := bytes.Cut(b, []byte("\r\n"))
+	if !ok || len(line) == 0 {
+		return h, rest, ok
+	}
+	h.Name, h.Value, ok = bytes.Cut(line, []byte(":"))
+	h.Value = bytes.Trim(h.Value, " \t")
+	return h, rest, ok && len(h.Name) > 0
+}
+
+// cutHeaderBin takes a name and a value, each with its length, from the beginning
+// of b. Two empty ones end the block.
+func cutHeaderBin(b []byte) (h Header, rest []byte, ok bool) {
+	if h.Name, rest, ok = cutString(b); !ok {
+		return h, nil, false
+	}
+	h.Value, rest, ok = cutString(rest)
+	return h, rest, ok && (len(h.Name) > 0 || len(h.Value) == 0)
 }
 
 // viewString returns a string that shares b's memory.
@@ -461,17 +601,24 @@ func finishFrame(b []byte, start int) []byte {
 	return b
 }
 
-// appendAck appends the ACK of a NOTIFY, whose ids go back as they came.
-func appendAck(b []byte, flags uint32, ids, actions []byte) []byte {
+// appendAck appends the ACK of a NOTIFY, whose ids go back as they came, with the
+// actions one after the other.
+func appendAck(b []byte, flags uint32, ids []byte, actions ...[]byte) []byte {
 	const header = lengthSize + 1 + 4
-	start, size := len(b), header+len(ids)+len(actions)
+	start, size := len(b), header+len(ids)
+	for _, a := range actions {
+		size += len(a)
+	}
 	b = slices.Grow(b, size)[:start+size]
 	f := b[start:]
 	binary.BigEndian.PutUint32(f, uint32(size-lengthSize))
 	f[lengthSize] = frameAck
 	binary.BigEndian.PutUint32(f[lengthSize+1:], flags)
-	copy(f[header:], ids)
-	copy(f[header+len(ids):], actions)
+	f = f[header:]
+	f = f[copy(f, ids):]
+	for _, a := range actions {
+		f = f[copy(f, a):]
+	}
 	return b
 }
 
@@ -573,6 +720,115 @@ func (h *hello) parse(kind byte, payload []byte) error {
 	return nil
 }
 
+// terms are what a side agrees to in its HELLO, or both sides do.
+type terms struct {
+	frameSize     int
+	pipelining    bool
+	async         bool
+	fragmentation bool
+}
+
+// negotiate returns what HAProxy's HELLO and an agent's own terms have in common
+// (SPOE.txt 3.2.4, 3.2.5). HAProxy does not offer fragmentation, yet uses it with
+// an agent that announces it. Without an engine-id async means nothing.
+func negotiate(h *hello, own terms) terms {
+	return terms{
+		frameSize:     min(int(min(h.frameSize, maxFrameSize)), own.frameSize),
+		pipelining:    own.pipelining && h.can("pipelining"),
+		async:         own.async && h.can("async") && h.engineID != "",
+		fragmentation: own.fragmentation,
+	}
+}
+
+// capabilities returns the comma list of t's capabilities.
+func (t terms) capabilities() string {
+	var names []string
+	if t.pipelining {
+		names = append(names, "pipelining")
+	}
+	if t.async {
+		names = append(names, "async")
+	}
+	if t.fragmentation {
+		names = append(names, "fragmentation")
+	}
+	return strings.Join(names, ",")
+}
+
+// hello returns the HELLO that f is, which must be the first frame of HAProxy's.
+func (f *frame) hello() (*hello, error) {
+	switch {
+	case f.kind != frameHAProxyHello:
+		return nil, fault(StatusInvalidFrame, "first frame is of type %d, want HELLO", f.kind)
+	case !f.fin():
+		return nil, fault(StatusNoFragmentation, "fragmented HELLO")
+	case f.stream != 0 || f.id != 0:
+		return nil, fault(StatusInvalidFrame, "HELLO with ids %d, %d", f.stream, f.id)
+	}
+	h := new(hello)
+	return h, h.parse(frameHAProxyHello, f.payload)
+}
+
+// assembler puts together the NOTIFYs of one connection that come in several
+// frames (SPOE.txt 3.3).
+type assembler struct {
+	max        int  // bytes of a NOTIFY; 0: fragmentation was not announced
+	open       bool // a NOTIFY is being put together
+	refused    bool // the last one was too long: its rest is dropped
+	stream, id uint64
+	buf        []byte
+}
+
+// assembly is what a fragment did.
+type assembly uint8
+
+const (
+	unfinished assembly = iota // more fragments must follow, or none: the NOTIFY was aborted
+	complete                   // the NOTIFY is whole
+	tooLong                    // the NOTIFY exceeds the limit: its end is to be told to HAProxy
+)
+
+// add adds a frame, which is a NOTIFY without FIN or one of type UNSET. A whole
+// payload is in the assembler's buffer; see swap.
+func (g *assembler) add(f *frame) (payload []byte, _ assembly, _ error) {
+	mine := f.stream == g.stream && f.id == g.id
+	switch {
+	case g.max == 0:
+		return nil, 0, fault(StatusNoFragmentation, "")
+	case g.open && (f.kind == frameNotify || !mine):
+		return nil, 0, fault(StatusInterlaced, "fragment of %d, %d within %d, %d", f.stream, f.id, g.stream, g.id)
+	case f.kind == frameNotify:
+		*g = assembler{max: g.max, open: true, stream: f.stream, id: f.id, buf: g.buf[:0]}
+	case g.refused && mine: // HAProxy had sent it before it was told
+		g.refused = !f.fin() && !f.abort()
+		return nil, unfinished, nil
+	case !g.open:
+		return nil, 0, fault(StatusFrameIDNotFound, "fragment of %d, %d without a beginning", f.stream, f.id)
+	}
+	if f.fin() || f.abort() {
+		g.open = false
+	}
+	switch {
+	case f.abort():
+		return nil, unfinished, nil
+	case len(g.buf)+len(f.payload) > g.max:
+		g.refused, g.open, g.buf = g.open, false, nil
+		return nil, tooLong, nil
+	}
+	g.buf = append(g.buf, f.payload...)
+	if f.fin() {
+		return g.buf, complete, nil
+	}
+	return nil, unfinished, nil
+}
+
+// swap returns the assembler's buffer, and gives it other memory instead.
+func (g *assembler) swap(buf []byte) []byte {
+	whole := g.buf
+	g.buf = buf[:0]
+	return whole
+}
+
 // speaksVersion2 tells whether a list of versions holds 2.0: whoever speaks 2.x
 // speaks all before it back to 2.0.
 func speaksVersion2(list string) bool {
@@ -617,28 +873,47 @@ func parseDisconnect(payload []byte) *DisconnectError {
 	return e
 }
 
-// names keeps one copy of each name seen, so that names can be handed out as
-// strings that last and yet cost no allocation. It is bounded: a peer can fill
-// it, and then it starts anew.
-type names map[string]string
+// names keeps one copy of each name that was seen lately, so that names can be
+// handed out as strings that last and yet cost no allocation. Several goroutines
+// may use it at once. It is bounded: a peer that invents names replaces others,
+// which are then copied again.
+type names struct {
+	slots [nameSets * nameWays]atomic.Pointer[string]
+}
 
 const (
-	maxNames   = 256
+	nameSets   = 256
+	nameWays   = 4 // slots that a name may be in
 	maxNameLen = 64
 )
 
+var (
+	interned names
+	nameSeed = maphash.MakeSeed() // a peer cannot choose names that collide
+)
+
+// intern returns b as a string that may be kept.
 func (t *names) intern(b []byte) string {
-	if s, ok := (*t)[string(b)]; ok {
-		return s
+	switch {
+	case len(b) == 0:
+		return ""
+	case len(b) > maxNameLen:
+		return string(b)
+	}
+	hash := maphash.Bytes(nameSeed, b)
+	set := t.slots[hash%nameSets*nameWays:][:nameWays]
+	for i := range set {
+		if p := set[i].Load(); p != nil && *p == string(b) {
+			return *p
+		}
+	}
+	// First in, first out. If another goroutine does so too, a name may get lost
+	// or be there twice, which costs a copy.
+	for i := nameWays - 1; i > 0; i-- {
+		set[i].Store(set[i-1].Load())
 	}
 	s := string(b)
-	if len(b) > maxNameLen {
-		return s
-	}
-	if *t == nil || len(*t) == maxNames {
-		*t = make(names)
-	}
-	(*t)[s] = s
+	set[0].Store(&s)
 	return s
 }
 
@@ -651,22 +926,27 @@ type Arg struct {
 // Message is one message of a NOTIFY (SPOE.txt 3.2.6). It is valid until the
 // handler returns, and may be read by several goroutines until then. Names may
 // be kept; Values are views, see there.
+//
+// Arguments are decoded when they are asked for, from the bytes of the frame.
 type Message struct {
-	name string
-	args []Arg
-	from *notify
+	name  string
+	count int
+	args  []byte // begins with the encoded arguments
+	from  *notify
 }
 
 // NewMessage returns a Message as a handler would get it, for tests and for
 // Client. It copies the arguments. It panics if there are more than 255, which
 // no frame can hold.
 func NewMessage(name string, args ...Arg) *Message {
-	m := Message{name: name, args: args}
-	n := new(notify)
-	if len(args) > math.MaxUint8 || n.decode(appendMessage(nil, &m), new(names)) != nil {
+	if len(args) > math.MaxUint8 {
 		panic("spoa: NewMessage: " + strconv.Itoa(len(args)) + " arguments")
 	}
-	return &n.msgs[0]
+	var b []byte
+	for i := range args {
+		b = appendKV(b, args[i].Name, args[i].Value)
+	}
+	return &Message{name: name, count: len(args), args: b, from: new(notify)}
 }
 
 // Name returns the message's name.
@@ -683,175 +963,329 @@ func (m *Message) FrameID() uint64 { return m.from.id }
 // none.
 func (m *Message) EngineID() string { return m.from.engine }
 
-// Len returns the number of arguments.
-func (m *Message) Len() int { return len(m.args) }
+// Len returns the number of arguments, at most 255.
+func (m *Message) Len() int { return m.count }
 
 // Arg returns the argument at position i, from 0 to Len()-1; elsewhere the zero
-// Arg.
-func (m *Message) Arg(i int) Arg {
-	if i < 0 || i >= len(m.args) {
+// Arg. It reads past those before it: Args and Decode read each but once.
+func (m *Message) Arg(i int) (a Arg) {
+	if i < 0 || i >= m.count {
+		return a
+	}
+	b := m.args
+	if i > 0 {
+		b, _ = skipArgs(b, i)
+	}
+	name, rest, ok := cutString(b)
+	if !ok {
+		return a
+	}
+	if _, ok = cutValue(rest, &a.Value); !ok {
 		return Arg{}
 	}
-	return m.args[i]
+	if len(name) > 0 {
+		a.Name = interned.intern(name)
+	}
+	return a
 }
 
 // Lookup returns the first argument of that name.
 func (m *Message) Lookup(name string) (Value, bool) {
-	for i := range m.args {
-		if m.args[i].Name == name {
-			return m.args[i].Value, true
+	b := m.args
+	for range m.count {
+		var v Value
+		have, rest, ok := cutString(b)
+		if !ok {
+			break
+		}
+		if b, ok = cutValue(rest, &v); !ok {
+			break
+		}
+		if string(have) == name {
+			return v, true
 		}
 	}
 	return Value{}, false
 }
 
+// Value returns the value of the first argument of that name, NULL if there is
+// none. Lookup tells an absent argument from one that is NULL.
+func (m *Message) Value(name string) Value {
+	v, _ := m.Lookup(name)
+	return v
+}
+
 // Args iterates over the arguments in their order.
 func (m *Message) Args() iter.Seq2[string, Value] {
 	return func(yield func(string, Value) bool) {
-		for i := range m.args {
-			if !yield(m.args[i].Name, m.args[i].Value) {
+		b := m.args
+		for range m.count {
+			var v Value
+			name, rest, ok := cutKV(b, &v)
+			if !ok || !yield(interned.intern(name), v) {
 				return
 			}
+			b = rest
 		}
 	}
 }
 
 func appendMessage(b []byte, m *Message) []byte {
-	b = append(appendString(b, m.name), byte(len(m.args)))
-	for i := range m.args {
-		b = appendKV(b, m.args[i].Name, m.args[i].Value)
-	}
-	return b
+	rest, _ := skipArgs(m.args, m.count)
+	b = append(appendString(b, m.name), byte(m.count))
+	return append(b, m.args[:len(m.args)-len(rest)]...)
 }
 
-// notify is a decoded NOTIFY. It is used again and again: what a slot held last
-// time is the first guess at the names that it will hold.
+// notify is a NOTIFY. Its payload is checked as a whole, but decoded only as it
+// is read: many small arguments would take 25 times their bytes. Its messages are
+// handled one after the other, so one Message does for all.
 type notify struct {
 	stream, id uint64
 	engine     string
-	msgs       []Message
-	args       []Arg // of all messages
+	payload    []byte
+	current    Message
+	begun      bool // nextMessage has returned the first
+	left       int  // messages that nextMessage has yet to return
 }
 
 var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
 
-// decode decodes the payload of a NOTIFY, whole or not at all. Values are views
-// of b.
-func (n *notify) decode(b []byte, t *names) error {
-	n.msgs, n.args = n.msgs[:0], n.args[:0]
+// decode makes b, if it is well-formed, the payload of n. Messages and Values
+// are views of it.
+func (n *notify) decode(b []byte) error {
+	n.payload, n.begun, n.left = b, false, 0
 	for len(b) > 0 {
-		name, rest, ok := cutString(b)
-		if !ok || len(rest) == 0 {
+		name, count, args, ok := cutMessage(b)
+		if !ok {
 			return errNotify
 		}
-		count := int(rest[0])
-		b = rest[1:]
-		if len(b) < 2*count { // an argument has at least a name's length and a type
+		if n.left == 0 {
+			n.setCurrent(name, count, args)
+		}
+		if b, ok = skipArgs(args, count); !ok {
 			return errNotify
 		}
-		n.args = longer(n.args, count)
-		args := n.args[len(n.args)-count : len(n.args) : len(n.args)]
-		for i := range args {
-			a := &args[i]
-			name, rest, ok := cutString(b)
-			if !ok {
-				return errNotify
-			}
-			if a.Name != string(name) {
-				a.Name = t.intern(name)
-			}
-			if b, ok = cutValue(rest, &a.Value); !ok {
-				return errNotify
-			}
-		}
-		n.msgs = longer(n.msgs, 1)
-		m := &n.msgs[len(n.msgs)-1]
-		if m.name != string(name) {
-			m.name = t.intern(name)
-		}
-		m.args, m.from = args, n
+		n.left++
 	}
 	return nil
 }
 
-// longer lengthens s by n elements, which are what they were the last time s was
-// that long.
-func longer[T any](s []T, n int) []T {
-	return slices.Grow(s, n)[:len(s)+n]
+// nextMessage makes n.current the next message. It reports whether there was
+// one.
+func (n *notify) nextMessage() bool {
+	if n.left == 0 {
+		return false
+	}
+	n.left--
+	if n.begun {
+		b, _ := skipArgs(n.current.args, n.current.count)
+		name, count, args, _ := cutMessage(b)
+		n.setCurrent(name, count, args)
+	}
+	n.begun = true
+	return true
 }
 
-const keptArgs = 256 // slots of a notify that are kept for the next
+func (n *notify) setCurrent(name []byte, count int, args []byte) {
+	m := &n.current
+	if m.name != string(name) || m.from != n {
+		m.name, m.from = interned.intern(name), n
+	}
+	m.count, m.args = count, args
+}
 
-// release lets go of the memory that the views point to.
+// names iterates over the names of all messages. Another goroutine may call
+// nextMessage meanwhile.
+func (n *notify) names() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for b := n.payload; len(b) > 0; {
+			name, count, rest, ok := cutMessage(b)
+			if !ok || !yield(interned.intern(name)) {
+				return
+			}
+			b, _ = skipArgs(rest, count)
+		}
+	}
+}
+
+// release drops the views of the payload, so that its memory can be freed.
 func (n *notify) release() {
-	if cap(n.args) > keptArgs {
-		n.msgs, n.args = nil, nil
+	n.payload, n.left = nil, 0
+	n.current.count, n.current.args = 0, nil
+}
+
+// cutMessage takes the name of a message and the number of its arguments from
+// the beginning of b; args begins with the arguments.
+func cutMessage(b []byte) (name []byte, count int, args []byte, ok bool) {
+	name, args, ok = cutString(b)
+	if !ok || len(args) == 0 {
+		return nil, 0, nil, false
 	}
-	for i := range n.msgs {
-		n.msgs[i].args = nil // may be of an array that n.args has outgrown
+	return name, int(args[0]), args[1:], true
+}
+
+// skipArgs returns b without the n arguments at its beginning. It reports
+// whether they are well-formed.
+func skipArgs(b []byte, n int) (rest []byte, ok bool) {
+	for range n {
+		size := shortArg(b)
+		if size > 0 {
+			b = b[size:]
+			continue
+		}
+		var v Value
+		if _, b, ok = cutKV(b, &v); !ok {
+			return nil, false
+		}
 	}
-	for i := range n.args {
-		n.args[i].Value = Value{}
+	return b, true
+}
+
+// shortArg returns the size of the argument at the beginning of b if its name and
+// its value are short, as nearly all are; otherwise, or if it is malformed, 0.
+func shortArg(b []byte) int {
+	if len(b) < 2 || b[0] >= 240 {
+		return 0
 	}
+	at := 1 + int(b[0]) // of the type
+	if at >= len(b) {
+		return 0
+	}
+	size := at + 1
+	switch Kind(b[at] & 0x0f) {
+	case KindNull, KindBool:
+	case KindInt32, KindUint32, KindInt64, KindUint64:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size++
+	case KindIPv4:
+		size += 4
+	case KindIPv6:
+		size += 16
+	case KindString, KindBinary:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size += 1 + int(b[size])
+	default:
+		return 0
+	}
+	if size > len(b) {
+		return 0
+	}
+	return size
 }
 
 // Decode fills the struct that dst points to from the arguments. Fields are
-// tagged `spoe:"name"`, or `spoe:"#0"` for the argument at a position, and
-// `,optional` if the argument may be absent or NULL, which leaves the field as
-// it is. Fields may be of any integer type (the range is checked), bool,
-// string, []byte (also types derived from these), or netip.Addr. Strings and
-// byte slices are copied. Errors name the message, the argument, what was wanted and what
-// came.
+// tagged `spoe:"name"`, or `spoe:"#0"` for the argument at a position. They may
+// be of any integer type (the range is checked), bool, string, []byte, types
+// derived from these, netip.Addr, Value, or a pointer to one of the types before
+// Value.
+//
+// Strings and byte slices are copied. A Value is a view, see there.
+//
+// An argument must be there, and must not be NULL, which is how HAProxy sends
+// what a request does not have. To tell NULL from an empty string use a Value,
+// which takes NULL as it takes any other kind, or a pointer, which is nil then.
+// With `,optional` an argument may also be absent: a Value is NULL and a pointer
+// is nil then; any other field is left as it is if the argument is absent or
+// NULL.
+//
+// A netip.Addr with `,parse` also takes a string that is an address, such as
+// that of a header field.
+//
+// Errors name the message, the argument, what was wanted and what came.
 func (m *Message) Decode(dst any) error {
 	p := reflect.ValueOf(dst)
 	if p.Kind() != reflect.Pointer || p.IsNil() || p.Elem().Kind() != reflect.Struct {
 		return fmt.Errorf("spoa: message %s: cannot decode into %v: want a pointer to a struct", m.name, reflect.TypeOf(dst))
 	}
-	s := p.Elem()
-	plan := decodePlanOf(s.Type())
+	plan := decodePlanOf(p.Type().Elem())
 	if plan.err != nil {
 		return plan.err
 	}
+	var few [32]bool
+	seen := few[:]
+	if len(plan.fields) > len(few) {
+		seen = make([]bool, len(plan.fields))
+	}
+	base := p.UnsafePointer()
+	if err := plan.fill(m, base, seen); err != nil {
+		return err
+	}
 	for i := range plan.fields {
-		f := &plan.fields[i]
-		v, ok := m.Arg(f.pos).Value, f.pos < len(m.args)
-		if f.pos < 0 {
-			v, ok = m.Lookup(f.name)
-		}
-		if !ok || v.kind == KindNull {
-			if f.optional {
-				continue
+		if f := &plan.fields[i]; !seen[i] {
+			if !f.optional {
+				return fmt.Errorf("spoa: message %s: argument %s: want %v, have nothing", m.name, f.name, f.elem)
 			}
-			have := "nothing"
-			if ok {
-				have = "null"
-			}
-			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %s", m.name, f.name, f.typ, have)
-		}
-		if !setField(s.Field(f.index), v) {
-			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %.40v", m.name, f.name, f.typ, v.kind, v)
+			f.clear(base)
 		}
 	}
 	return nil
 }
 
-type decodeField struct {
-	index    int
-	name     string
-	pos      int // -1: by name
-	optional bool
-	typ      reflect.Type
+// fill stores the arguments of m in the fields of the struct at base, and marks
+// the fields that have one as seen. It reads each argument once. Arguments that
+// come in the order of the fields need no search.
+func (p *decodePlan) fill(m *Message, base unsafe.Pointer, seen []bool) error {
+	b := m.args
+	named, at := 0, p.named // the next field by name, the next by position
+	for i := range m.count {
+		var v Value
+		name, rest, ok := cutKV(b, &v)
+		if !ok {
+			break
+		}
+		b = rest
+		for ; at < len(p.fields) && p.fields[at].pos == i; at++ {
+			seen[at] = true
+			if err := p.fields[at].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		j := named
+		if j >= p.named || p.fields[j].name != string(name) {
+			if j, ok = p.byName[string(name)]; !ok {
+				continue
+			}
+		}
+		if seen[j] {
+			continue // the first of a name counts
+		}
+		for ; j < p.named && p.fields[j].name == string(name); j++ {
+			seen[j] = true
+			if err := p.fields[j].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		named = j
+	}
+	return nil
 }
 
+// decodeField is a field that Decode fills.
+type decodeField struct {
+	name     string
+	pos      int // of the argument; -1: by name
+	optional bool
+	parse    bool
+	pointer  bool
+	elem     reflect.Type // of the field, or of what it points to
+	store    fieldKind
+	offset   uintptr
+}
+
+// decodePlan holds the fields of a struct type: first those by name, the ones of
+// the same name side by side, then those by position in its order.
 type decodePlan struct {
 	fields []decodeField
+	named  int            // how many are by name
+	byName map[string]int // the first field of each name
 	err    error
 }
 
-var (
-	decodePlans sync.Map // of *decodePlan by reflect.Type
-	addrType    = reflect.TypeFor[netip.Addr]()
-)
+var decodePlans sync.Map // of *decodePlan by reflect.Type
 
 func decodePlanOf(t reflect.Type) *decodePlan {
 	if p, ok := decodePlans.Load(t); ok {
@@ -862,81 +1296,223 @@ func decodePlanOf(t reflect.Type) *decodePlan {
 }
 
 func newDecodePlan(t reflect.Type) *decodePlan {
-	p := new(decodePlan)
+	p := &decodePlan{byName: make(map[string]int)}
+	var named, byPos []decodeField
 	for i := range t.NumField() {
 		sf := t.Field(i)
 		tag, ok := sf.Tag.Lookup("spoe")
 		if !ok {
 			continue
 		}
-		name, option, _ := strings.Cut(tag, ",")
-		f := decodeField{index: i, name: name, pos: -1, optional: option == "optional", typ: sf.Type}
-		if digits, ok := strings.CutPrefix(name, "#"); ok {
-			pos, err := strconv.ParseUint(digits, 10, 8)
-			if err != nil {
-				return &decodePlan{err: fmt.Errorf("spoa: %v.%s: tag %q: want a position from #0 to #255", t, sf.Name, tag)}
-			}
-			f.pos = int(pos)
+		f, err := newDecodeField(sf, tag)
+		if err != nil {
+			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: %w", t, sf.Name, err)}
 		}
-		switch {
-		case option != "" && option != "optional":
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: tag %q: unknown option %s", t, sf.Name, tag, option)}
-		case !sf.IsExported():
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s has a tag but is not exported", t, sf.Name)}
-		case !decodable(sf.Type):
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: cannot decode into %v", t, sf.Name, sf.Type)}
+		if f.pos >= 0 {
+			byPos = append(byPos, f)
+		} else {
+			named = append(named, f)
 		}
-		p.fields = append(p.fields, f)
 	}
+	for _, f := range named {
+		if _, ok := p.byName[f.name]; ok {
+			continue
+		}
+		p.byName[f.name] = len(p.fields)
+		for _, g := range named {
+			if g.name == f.name {
+				p.fields = append(p.fields, g)
+			}
+		}
+	}
+	p.named = len(p.fields)
+	slices.SortStableFunc(byPos, func(a, b decodeField) int { return a.pos - b.pos })
+	p.fields = append(p.fields, byPos...)
 	return p
 }
 
-func decodable(t reflect.Type) bool {
-	switch k := t.Kind(); k {
-	case reflect.Bool, reflect.String:
-		return true
-	case reflect.Slice:
-		return t.Elem().Kind() == reflect.Uint8
-	default:
-		return k >= reflect.Int && k <= reflect.Uintptr || t == addrType
+func newDecodeField(sf reflect.StructField, tag string) (decodeField, error) {
+	name, opts, _ := strings.Cut(tag, ",")
+	f := decodeField{name: name, pos: -1, elem: sf.Type, offset: sf.Offset}
+	if digits, ok := strings.CutPrefix(name, "#"); ok {
+		pos, err := strconv.ParseUint(digits, 10, 8)
+		if err != nil {
+			return f, fmt.Errorf("tag %q: want a position from #0 to #255", tag)
+		}
+		f.pos = int(pos)
+	}
+	for opts != "" {
+		var o string
+		switch o, opts, _ = strings.Cut(opts, ","); o {
+		case "optional":
+			f.optional = true
+		case "parse":
+			f.parse = true
+		default:
+			return f, fmt.Errorf("tag %q: unknown option %s", tag, o)
+		}
+	}
+	if !sf.IsExported() {
+		return f, errors.New("has a tag but is not exported")
+	}
+	if f.pointer = sf.Type.Kind() == reflect.Pointer; f.pointer {
+		f.elem = sf.Type.Elem()
+	}
+	f.store = fieldKindOf(f.elem)
+	switch {
+	case f.store == 0, f.pointer && f.store == fieldValue:
+		return f, fmt.Errorf("cannot decode into %v", sf.Type)
+	case f.parse && f.store != fieldAddr:
+		return f, fmt.Errorf("tag %q: option parse is for netip.Addr, not for %v", tag, sf.Type)
+	}
+	return f, nil
+}
+
+// fieldKind says how a field's value is stored.
+type fieldKind uint8
+
+const (
+	fieldBool fieldKind = iota + 1
+	fieldInt8
+	fieldInt16
+	fieldInt32
+	fieldInt64
+	fieldUint8
+	fieldUint16
+	fieldUint32
+	fieldUint64
+	fieldString
+	fieldBytes
+	fieldAddr
+	fieldValue
+)
+
+// fieldKindOf returns 0 for a type that nothing can be decoded into.
+func fieldKindOf(t reflect.Type) fieldKind {
+	switch k := t.Kind(); {
+	case t == reflect.TypeFor[netip.Addr]():
+		return fieldAddr
+	case t == reflect.TypeFor[Value]():
+		return fieldValue
+	case k == reflect.Bool:
+		return fieldBool
+	case k == reflect.String:
+		return fieldString
+	case k == reflect.Slice && t.Elem().Kind() == reflect.Uint8:
+		return fieldBytes
+	case k >= reflect.Int && k <= reflect.Int64:
+		return fieldInt8 + fieldKind(bits.TrailingZeros(uint(t.Size())))
+	case k >= reflect.Uint && k <= reflect.Uintptr:
+		return fieldUint8 + fieldKind(bits.TrailingZeros(uint(t.Size())))
+	}
+	return 0
+}
+
+// set stores v into the field of the struct at base.
+func (f *decodeField) set(m *Message, base unsafe.Pointer, v Value) error {
+	if v.kind == KindNull && f.store != fieldValue {
+		if f.optional || f.pointer {
+			f.clear(base)
+			return nil
+		}
+		return fmt.Errorf("spoa: message %s: argument %s: want %v, have null", m.name, f.name, f.elem)
+	}
+	p := unsafe.Add(base, f.offset)
+	ok := false
+	if f.pointer {
+		elem := reflect.New(f.elem).UnsafePointer()
+		if ok = f.setElem(elem, v); ok {
+			*(*unsafe.Pointer)(p) = elem
+		}
+	} else {
+		ok = f.setElem(p, v)
+	}
+	if !ok {
+		return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %.40v", m.name, f.name, f.elem, v.kind, v)
+	}
+	return nil
+}
+
+// clear empties a field that can say that there is nothing.
+func (f *decodeField) clear(base unsafe.Pointer) {
+	switch p := unsafe.Add(base, f.offset); {
+	case f.pointer:
+		*(*unsafe.Pointer)(p) = nil
+	case f.store == fieldValue:
+		*(*Value)(p) = Value{}
 	}
 }
 
-// setField stores v, which is not NULL, into a field that is decodable.
-func setField(f reflect.Value, v Value) bool {
-	switch k := f.Kind(); {
-	case k == reflect.Bool:
-		b, ok := v.Bool()
-		if ok {
-			f.SetBool(b)
+// setElem stores v at p and reports whether it fits. The type of what p points to
+// is of the kind f.store.
+func (f *decodeField) setElem(p unsafe.Pointer, v Value) (ok bool) {
+	switch f.store {
+	case fieldBool:
+		var b bool
+		if b, ok = v.Bool(); ok {
+			*(*bool)(p) = b
 		}
-		return ok
-	case k >= reflect.Int && k <= reflect.Int64:
-		i, ok := v.Int()
-		if ok = ok && !f.OverflowInt(i); ok {
-			f.SetInt(i)
+	case fieldInt8:
+		ok = setInt[int8](p, v)
+	case fieldInt16:
+		ok = setInt[int16](p, v)
+	case fieldInt32:
+		ok = setInt[int32](p, v)
+	case fieldInt64:
+		ok = setInt[int64](p, v)
+	case fieldUint8:
+		ok = setUint[uint8](p, v)
+	case fieldUint16:
+		ok = setUint[uint16](p, v)
+	case fieldUint32:
+		ok = setUint[uint32](p, v)
+	case fieldUint64:
+		ok = setUint[uint64](p, v)
+	case fieldString:
+		if ok = v.isText(); ok {
+			*(*string)(p) = strings.Clone(v.s)
 		}
-		return ok
-	case k >= reflect.Uint && k <= reflect.Uintptr:
-		u, ok := v.Uint()
-		if ok = ok && !f.OverflowUint(u); ok {
-			f.SetUint(u)
+	case fieldBytes:
+		if ok = v.isText(); ok {
+			*(*[]byte)(p) = []byte(v.s)
 		}
-		return ok
-	case f.Type() == addrType:
-		a, ok := v.Addr()
-		if ok {
-			*(*netip.Addr)(f.Addr().UnsafePointer()) = a
+	case fieldAddr:
+		if f.parse && v.isText() {
+			v = parseAddr(v.s)
 		}
-		return ok
-	case v.kind != KindString && v.kind != KindBinary:
-		return false
-	case k == reflect.String:
-		f.SetString(strings.Clone(v.s))
-	default:
-		f.SetBytes([]byte(v.s))
+		var a netip.Addr
+		if a, ok = v.Addr(); ok {
+			*(*netip.Addr)(p) = a
+		}
+	case fieldValue:
+		*(*Value)(p), ok = v, true
 	}
-	return true
+	return ok
+}
+
+func setInt[T int8 | int16 | int32 | int64](p unsafe.Pointer, v Value) bool {
+	i, ok := v.Int()
+	if ok = ok && int64(T(i)) == i; ok {
+		*(*T)(p) = T(i)
+	}
+	return ok
+}
+
+func setUint[T uint8 | uint16 | uint32 | uint64](p unsafe.Pointer, v Value) bool {
+	u, ok := v.Uint()
+	if ok = ok && uint64(T(u)) == u; ok {
+		*(*T)(p) = T(u)
+	}
+	return ok
+}
+
+// parseAddr returns the address that s is, or NULL. Zones mean nothing to others.
+func parseAddr(s string) Value {
+	if strings.Contains(s, "%") {
+		return Value{}
+	}
+	a, _ := netip.ParseAddr(strings.TrimSpace(s))
+	return Addr(a)
 }
 
 // Scope is the scope of a variable (SPOE.txt 3.1, 3.4).
@@ -973,6 +1549,9 @@ type Action struct {
 func (a Action) String() string {
 	if a.Unset {
 		return fmt.Sprintf("unset-var %v.%s", a.Scope, a.Name)
+	}
+	if a.Value.kind == KindNull {
+		return fmt.Sprintf("set-var %v.%s null", a.Scope, a.Name)
 	}
 	return fmt.Sprintf("set-var %v.%s %v %v", a.Scope, a.Name, a.Value.kind, a.Value)
 }
@@ -1128,16 +1707,18 @@ func describe(b []byte) string {
 	switch {
 	case f.kind == frameNotify && f.fin():
 		var n notify
-		if n.decode(f.payload, new(names)) != nil {
+		if n.decode(f.payload) != nil {
 			return s.String() + " malformed"
 		}
-		for i := range n.msgs {
-			fmt.Fprintf(&s, " %s(", n.msgs[i].name)
-			for i, a := range n.msgs[i].args {
-				if i > 0 {
-					s.WriteString(", ")
+		for n.nextMessage() {
+			fmt.Fprintf(&s, " %s(", n.current.name)
+			separator := ""
+			for name, v := range n.current.Args() {
+				fmt.Fprintf(&s, "%s%s=%v", separator, name, v.kind)
+				if v.kind != KindNull {
+					fmt.Fprintf(&s, " %q", v)
 				}
-				fmt.Fprintf(&s, "%s=%v %q", a.Name, a.Value.kind, a.Value.String())
+				separator = ", "
 			}
 			s.WriteString(")")
 		}

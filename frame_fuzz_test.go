@@ -87,7 +87,7 @@ func (r *slow) value() string {
 	b := r.byte()
 	switch b & 15 {
 	case 0:
-		return "null null"
+		return "null <null>"
 	case 1:
 		return fmt.Sprint("bool ", b>>4&1 == 1)
 	case 2:
@@ -226,7 +226,7 @@ func checkAccessors(t *testing.T, v Value) {
 	if b := v.Bytes(); text && string(b) != v.String() || !text && b != nil {
 		t.Errorf("%s: Bytes: have %q", words(v), b)
 	}
-	if c := v.Clone(); !same(v, c) {
+	if c := v.Clone(); !v.Equal(c) {
 		t.Errorf("%s: Clone: have %s", words(v), words(c))
 	}
 }
@@ -345,17 +345,14 @@ func FuzzNotify(f *testing.F) {
 	f.Add([]byte("\x01a\x02\x01x\x00\x01y\x11\x01b\x01\x01x\x04\x07"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Used before, as on a connection: what was there must not be seen.
-		var (
-			n     notify
-			table names
-		)
-		if err := n.decode(httpPayload, &table); err != nil {
+		var n notify
+		if err := n.decode(httpPayload); err != nil {
 			t.Fatal(err)
 		}
 		r := slow{b: b}
 		want := r.messages()
 		payload := bytes.Clone(b)
-		err := n.decode(payload, &table)
+		err := n.decode(payload)
 		if (err != nil) != r.bad {
 			t.Fatalf("%q: want refused %v, have %v", b, r.bad, err)
 		}
@@ -364,11 +361,18 @@ func FuzzNotify(f *testing.F) {
 		}
 		var have [][]string
 		var enc []byte
-		for i := range n.msgs {
-			m := &n.msgs[i]
+		names := slices.Collect(n.names())
+		for n.nextMessage() {
+			m := &n.current
 			l := []string{m.Name()}
-			for name, v := range m.Args() {
-				l = append(l, name, words(v))
+			for i, a := range argsOf(m) {
+				if !sameArg(a, m.Arg(i)) {
+					t.Fatalf("%q: Arg(%d): want %v, have %v", b, i, a, m.Arg(i))
+				}
+				l = append(l, a.Name, words(a.Value))
+			}
+			if len(names) <= len(have) || names[len(have)] != m.Name() || len(l) != 1+2*m.Len() {
+				t.Fatalf("%q: want message %d named %q with %d arguments, have %q and %q", b, len(have), m.Name(), m.Len(), names, l)
 			}
 			have = append(have, l)
 			enc = appendMessage(enc, m)
@@ -382,6 +386,30 @@ func FuzzNotify(f *testing.F) {
 		}
 		if !bytes.Equal(b, payload) {
 			t.Fatalf("%q: want the payload as it was, have %q", b, payload)
+		}
+	})
+}
+
+func FuzzHeaders(f *testing.F) {
+	f.Add([]byte("host: example.org\r\nempty:\r\n\r\n"))
+	f.Add(bin("host", "example.org", "empty", "", "", "").Bytes())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for _, v := range []Value{String(string(b)), Binary(b)} {
+			var list []string
+			failed := false
+			for h, err := range v.Headers() {
+				if failed {
+					t.Fatalf("%v %q: want nothing after an error, have %q", v.Kind(), b, h.Name)
+				}
+				if failed = err != nil; !failed {
+					list = append(list, string(h.Name), string(h.Value))
+				}
+			}
+			if v.Kind() == KindBinary && !failed {
+				if again := bin(append(list, "", "")...); !bytes.Equal(b, again.Bytes()) {
+					t.Fatalf("%q: want the same again, have %q", b, again.Bytes())
+				}
+			}
 		}
 	})
 }
@@ -436,7 +464,7 @@ func FuzzRoundTrip(f *testing.F) {
 		v := valueOf(kind, number, text)
 		m := NewMessage(name, Arg{arg, v}, Arg{arg, v})
 		if m.Name() != name || m.Len() != 2 || !sameArg(m.Arg(1), Arg{arg, v}) {
-			t.Fatalf("want %q with two of %q %s, have %q %v", name, arg, words(v), m.Name(), m.args)
+			t.Fatalf("want %q with two of %q %s, have %q %v", name, arg, words(v), m.Name(), argsOf(m))
 		}
 		acts := Actions{max: max(limit, 0)}
 		acts.SetVar(Scope(scope), arg, v)

@@ -1,20 +1,60 @@
 package spoa
 
 import (
+	"bufio"
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
 	"net/netip"
+	"net/textproto"
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"unsafe"
 )
+
+func TestOtherProtocol(t *testing.T) {
+	for _, tt := range []struct{ bytes, want string }{
+		{"GET / HTTP/1.1\r\n", "HTTP"}, {"POST /", "HTTP"}, {"HEAD /", "HTTP"}, {"PUT /", "HTTP"}, {"DELETE /", "HTTP"},
+		{"OPTIONS *", "HTTP"}, {"CONNECT a:1", "HTTP"}, {"TRACE /", "HTTP"}, {"PATCH /", "HTTP"}, {"HTTP/1.1 400 Bad Request", "HTTP"},
+		{"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2"},
+		{"\x16\x03\x01\x02\x00\x01", "TLS"}, {"\x15\x03\x03\x00\x02\x02\x0a", "TLS"},
+		{"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n", "the PROXY protocol"},
+		{"\r\n\r\n\x00\r\nQUIT\n\x21", "the PROXY protocol"},
+		{"SSH-2.0-OpenSSH_9.9\r\n", "SSH"},
+		{"\x00\x00\x00\x7d\x01", ""}, {"\x00\x03\x16\x03", ""}, {"\x16\x04\x00\x00", ""}, {"GETS", ""}, {"\x00\x00\x00\x00", ""},
+	} {
+		have := otherProtocol([]byte(tt.bytes))
+		switch {
+		case tt.want == "":
+			if have != nil {
+				t.Errorf("%q: want nothing, have %v", tt.bytes, have)
+			}
+		case have == nil:
+			t.Errorf("%q: want %s, have nothing", tt.bytes, tt.want)
+		default:
+			words := "invalid frame received (4): the peer speaks " + tt.want + ", not SPOP; "
+			if text := have.Error(); !strings.HasPrefix(text, words) || strings.Contains(text, "really") || strings.Contains(text, "\n") {
+				t.Errorf("%q: want %s and what to do, have %s", tt.bytes, words, text)
+			}
+			if size := binary.BigEndian.Uint32([]byte(tt.bytes)); size <= defaultFrameSize {
+				t.Errorf("%q: want what is no length of a frame, have %d bytes", tt.bytes, size)
+			}
+		}
+		if other := otherProtocol([]byte(tt.bytes[:lengthSize])); (other == nil) != (have == nil) {
+			t.Errorf("%q: want the first 4 bytes to do, have %v", tt.bytes, other)
+		}
+	}
+}
 
 // ids encodes the ids of a frame.
 func ids(stream, id uint64) []byte { return appendVarint(appendVarint(nil, stream), id) }
@@ -28,23 +68,35 @@ func unhex(t testing.TB, s string) []byte {
 	return b
 }
 
-func same(a, b Value) bool {
-	return a.kind == b.kind && a.hi == b.hi && a.lo == b.lo && a.s == b.s
-}
-
-func sameArg(a, b Arg) bool { return a.Name == b.Name && same(a.Value, b.Value) }
+func sameArg(a, b Arg) bool { return a.Name == b.Name && a.Value.Equal(b.Value) }
 
 func sameAction(a, b Action) bool {
-	return a.Scope == b.Scope && a.Name == b.Name && a.Unset == b.Unset && same(a.Value, b.Value)
+	return a.Scope == b.Scope && a.Name == b.Name && a.Unset == b.Unset && a.Value.Equal(b.Value)
 }
 
 func mustDecode(t testing.TB, payload string) *notify {
 	t.Helper()
 	n := new(notify)
-	if err := n.decode([]byte(payload), new(names)); err != nil {
+	if err := n.decode([]byte(payload)); err != nil {
 		t.Fatalf("decode %q: %v", payload, err)
 	}
 	return n
+}
+
+// messagesOf returns the messages of n that are still to be cut off.
+func messagesOf(n *notify) (msgs []*Message) {
+	for n.nextMessage() {
+		m := n.current
+		msgs = append(msgs, &m)
+	}
+	return msgs
+}
+
+func argsOf(m *Message) (args []Arg) {
+	for name, v := range m.Args() {
+		args = append(args, Arg{name, v})
+	}
+	return args
 }
 
 // ipv6 returns an IPV6, even of a 4-in-6 address, as HAProxy sends it; Addr
@@ -155,7 +207,7 @@ func TestValueWire(t *testing.T) {
 		}
 		v := String("stale") // what a slot held before must not shine through
 		rest, ok := cutValue([]byte(tt.wire+"\x2a"), &v)
-		if !ok || string(rest) != "\x2a" || !same(tt.v, v) {
+		if !ok || string(rest) != "\x2a" || !tt.v.Equal(v) {
 			t.Errorf("%s: decode: want %v %v and 2a, have %v %v and %x, %v", tt.name, tt.v.kind, tt.v, v.kind, v, rest, ok)
 		}
 		for i := range len(tt.wire) {
@@ -207,7 +259,7 @@ func TestValueFlags(t *testing.T) {
 		{"\x18\x02ab", String("ab")},
 	} {
 		var v Value
-		if _, ok := cutValue([]byte(tt.wire), &v); !ok || !same(tt.want, v) {
+		if _, ok := cutValue([]byte(tt.wire), &v); !ok || !tt.want.Equal(v) {
 			t.Errorf("%x: want %v %v, have %v %v, %v", tt.wire, tt.want.kind, tt.want, v.kind, v, ok)
 		}
 	}
@@ -240,7 +292,7 @@ func TestValueAccessors(t *testing.T) {
 		bytes string
 		str   string
 	}{
-		{v: Value{}, kind: KindNull, str: "null"},
+		{v: Value{}, kind: KindNull, str: "<null>"},
 		{v: Bool(true), kind: KindBool, b: boolean{true, true}, str: "true"},
 		{v: Bool(false), kind: KindBool, b: boolean{false, true}, str: "false"},
 		{v: Int32(1), kind: KindInt32, i: integer{1, true}, u: unsigned{1, true}, str: "1"},
@@ -284,9 +336,162 @@ func TestValueAccessors(t *testing.T) {
 		if want, have := tt.str, tt.v.String(); want != have {
 			t.Errorf("%s: String: want %q, have %q", name, want, have)
 		}
-		if c := tt.v.Clone(); !same(tt.v, c) {
+		if c := tt.v.Clone(); !tt.v.Equal(c) {
 			t.Errorf("%s: Clone: want the same, have %v %v", name, c.kind, c)
 		}
+	}
+}
+
+func TestValueFormat(t *testing.T) {
+	for _, tt := range []struct {
+		format string
+		v      Value
+		want   string
+	}{
+		{"%v", Value{}, "<null>"},
+		{"%q", Value{}, "<null>"},
+		{"%v", String("null"), "null"},
+		{"%q", String("null"), `"null"`},
+		{"%q", Binary([]byte{0}), `"\x00"`},
+		{"%q", Int64(-1), "-1"},
+		{"%s", Bool(true), "true"},
+		{"%.2v", String("abc"), "ab"},
+		{"%5v|", Uint32(42), "   42|"},
+		{"%x", String("a"), "61"},
+	} {
+		if have := fmt.Sprintf(tt.format, tt.v); tt.want != have {
+			t.Errorf("%s of %v: want %s, have %s", tt.format, tt.v.Kind(), tt.want, have)
+		}
+	}
+}
+
+func TestValueEqual(t *testing.T) {
+	values := []Value{{}, Bool(false), Bool(true), Int32(1), Int64(1), Uint32(1), Uint64(1), Int(2), String("1"), String(""),
+		Binary([]byte("1")), Binary(nil), Addr(netip.MustParseAddr("0.0.0.1")), Addr(netip.MustParseAddr("::1")), Addr(netip.MustParseAddr("1::1"))}
+	for i, v := range values {
+		for j, w := range values {
+			if have := v.Equal(w.Clone()); have != (i == j) {
+				t.Errorf("%v %v, %v %v: want equal %v, have %v", v.Kind(), v, w.Kind(), w, i == j, have)
+			}
+		}
+	}
+}
+
+// headers returns the names and values of a header block, and its error.
+func headers(v Value) string {
+	var s []string
+	for h, err := range v.Headers() {
+		if err != nil {
+			s = append(s, err.Error())
+		} else {
+			s = append(s, fmt.Sprintf("%s=%s", h.Name, h.Value))
+		}
+	}
+	return strings.Join(s, "|")
+}
+
+func bin(names ...string) Value {
+	var b []byte
+	for _, name := range names {
+		b = appendString(b, name)
+	}
+	return Binary(b)
+}
+
+func TestHeaders(t *testing.T) {
+	long := strings.Repeat("x", 5000)
+	const malformed = "spoa: header block: malformed or cut short at byte "
+	for _, tt := range []struct {
+		name string
+		v    Value
+		want string
+	}{
+		{"NULL", Value{}, ""},
+		{"text", String("host: example.org\r\ncookie: a:b\r\nx:  y z\t\r\nempty:\r\n\r\n"), "host=example.org|cookie=a:b|x=y z|empty="},
+		{"text, none", String("\r\n"), ""},
+		{"text, long", String("a: " + long + "\r\n\r\n"), "a=" + long},
+		{"text, empty", String(""), malformed + `0 of 0: ""`},
+		{"text, no end", String("a: b\r\n"), "a=b|" + malformed + `6 of 6: ""`},
+		{"text, cut short", String("a: b\r\nc: d"), "a=b|" + malformed + `6 of 10: "c: d"`},
+		{"text, no colon", String("a: b\r\nc\r\n\r\n"), "a=b|" + malformed + `6 of 11: "c\r\n\r\n"`},
+		{"text, no name", String(": b\r\n\r\n"), malformed + `0 of 7: ": b\r\n\r\n"`},
+		{"text, more", String("a: b\r\n\r\nbody"), "a=b|spoa: header block: 4 bytes after its end"},
+		{"bin", bin("host", "example.org", "empty", "", "", ""), "host=example.org|empty="},
+		{"bin, none", bin("", ""), ""},
+		{"bin, long", bin("a", long, "", ""), "a=" + long},
+		{"bin, empty", Binary(nil), malformed + `0 of 0: ""`},
+		{"bin, no end", bin("a", "b"), "a=b|" + malformed + `4 of 4: ""`},
+		{"bin, cut short", bin("a", "b", "c"), "a=b|" + malformed + `4 of 6: "\x01c"`},
+		{"bin, length", Binary([]byte("\x01a\xff\xff\xff")), malformed + `0 of 5: "\x01a\xff\xff\xff"`},
+		{"bin, no name", bin("", "b", "", ""), malformed + `0 of 5: "\x00\x01b\x00\x00"`},
+		{"bin, more", bin("a", "b", "", "", "c"), "a=b|spoa: header block: 2 bytes after its end"},
+		{"another kind", Int64(1), "spoa: header block: want string or binary, have int64"},
+	} {
+		if have := headers(tt.v); tt.want != have {
+			t.Errorf("%s: want %.100s, have %.100s", tt.name, tt.want, have)
+		}
+		for range tt.v.Headers() {
+			break // must be possible anywhere
+		}
+	}
+}
+
+// blocks returns a block of n header fields, as a browser sends them, in both
+// forms.
+func blocks(n int) (text, binary Value) {
+	fields := []string{"host", "shop.example.org", "user-agent", "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+		"accept", "text/html,application/xhtml+xml", "accept-language", "en-GB,en;q=0.5", "accept-encoding", "gzip, deflate, br",
+		"cookie", "session=0123456789abcdef0123456789abcdef", "cache-control", "max-age=0", "connection", "keep-alive"}
+	var s strings.Builder
+	var list []string
+	for i := range n {
+		name, value := fields[2*i%len(fields)], fields[(2*i+1)%len(fields)]
+		fmt.Fprintf(&s, "%s: %s\r\n", name, value)
+		list = append(list, name, value)
+	}
+	return String(s.String() + "\r\n"), bin(append(list, "", "")...)
+}
+
+func TestHeadersAllocs(t *testing.T) {
+	text, binary := blocks(8)
+	for _, v := range []Value{text, binary} {
+		n := 0
+		wantAllocs(t, v.Kind().String(), 0, func() {
+			for h, err := range v.Headers() {
+				if err == nil && string(h.Name) == "cookie" {
+					n++
+				}
+			}
+		})
+		if n == 0 {
+			t.Errorf("%v: want a cookie, have none", v.Kind())
+		}
+	}
+}
+
+func BenchmarkHeaders(b *testing.B) {
+	for _, n := range []int{8, 40} {
+		text, binary := blocks(n)
+		for _, v := range []Value{text, binary} {
+			b.Run(fmt.Sprintf("%v/%d", v.Kind(), n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					for _, err := range v.Headers() {
+						if err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+			})
+		}
+		b.Run(fmt.Sprintf("textproto/%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := textproto.NewReader(bufio.NewReader(bytes.NewReader(text.Bytes()))).ReadMIMEHeader(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
@@ -295,14 +500,11 @@ func TestValueAccessors(t *testing.T) {
 func TestLifetime(t *testing.T) {
 	buf := []byte("\x05login\x02" + "\x04user\x08\x04anna" + "\x02id\x09\x03abc")
 	other := "\x05other\x02" + "\x04name\x08\x04bert" + "\x02xy\x09\x03xyz"
-	var (
-		n  notify
-		t1 names
-	)
-	if err := n.decode(buf, &t1); err != nil {
-		t.Fatal(err)
+	var n notify
+	if err := n.decode(buf); err != nil || !n.nextMessage() {
+		t.Fatalf("want a message, have none, error %v", err)
 	}
-	m := &n.msgs[0]
+	m := &n.current
 	user, id := m.Arg(0), m.Arg(1)
 	var dst struct {
 		User string `spoe:"user"`
@@ -321,8 +523,8 @@ func TestLifetime(t *testing.T) {
 	set, _ := acts.Lookup(ScopeTxn, "user")
 
 	copy(buf, other)
-	if err := n.decode(buf, &t1); err != nil {
-		t.Fatal(err)
+	if err := n.decode(buf); err != nil || !n.nextMessage() {
+		t.Fatalf("want another message, have none, error %v", err)
 	}
 	for _, k := range kept {
 		if k.want != k.have {
@@ -332,34 +534,61 @@ func TestLifetime(t *testing.T) {
 	if string(dst.ID) != "abc" || set.String() != "anna" {
 		t.Errorf("want abc and anna kept, have %s and %v", dst.ID, set)
 	}
-	if n.msgs[0].Name() != "other" || n.msgs[0].Arg(0).Name != "name" || n.msgs[0].Arg(0).Value.String() != "bert" {
-		t.Errorf("want the second message, have %s %v", n.msgs[0].Name(), n.msgs[0].args)
+	if m.Name() != "other" || m.Arg(0).Name != "name" || m.Arg(0).Value.String() != "bert" {
+		t.Errorf("want the second message, have %s %v", m.Name(), argsOf(m))
 	}
 }
 
-// A notify is used for as long as a connection lasts: it must not grow with
-// each payload.
+// A notify is used for as long as a connection lasts: what it held before must
+// not be seen, and a payload that was answered can be freed.
 func TestNotifyReuse(t *testing.T) {
-	const payload = "\x01a\x02\x01x\x08\x01v\x01y\x00" + "\x01b\x01\x01z\x11"
-	var (
-		n     notify
-		table names
-	)
-	for range 3 {
-		if err := n.decode([]byte(payload), &table); err != nil {
+	var n notify
+	for _, payload := range []string{"\x01a\x02\x01x\x08\x01v\x01y\x00" + "\x01b\x01\x01z\x11", "\x01b\x00", "", "\x01a\x00"} {
+		if err := n.decode([]byte(payload)); err != nil {
 			t.Fatal(err)
 		}
-		if len(n.msgs) != 2 || len(n.args) != 3 {
-			t.Errorf("want 2 messages and 3 arguments, have %d and %d", len(n.msgs), len(n.args))
+		var enc []byte
+		for n.nextMessage() {
+			enc = appendMessage(enc, &n.current)
 		}
-		a := &n.msgs[0] // its array had no room for the arguments of b, at first
-		if n.release(); a.Arg(0).Value.s != "" {
-			t.Errorf("want no view after release, have %q", a.Arg(0).Value.s)
+		if want := payload; want != string(enc) {
+			t.Errorf("want %q, have %q", want, enc)
+		}
+		m := &n.current
+		n.release()
+		if n.payload != nil || m.args != nil || m.Len() != 0 || n.nextMessage() {
+			t.Errorf("want no view after release, have %q and %q", n.payload, m.args)
 		}
 	}
-	for i := range n.args[:cap(n.args)] {
-		if v := n.args[:cap(n.args)][i].Value; v.s != "" {
-			t.Errorf("want no view after release, have %q", v.s)
+}
+
+// A handler must not keep its Message. If it does, it may get anything, but the
+// process lives on.
+func TestMessageUsedTooLate(t *testing.T) {
+	first := []byte("\x01a\x03" + "\x01x\x08\x04abcd" + "\x01y\x04\xf0\x01" + "\x01z\x07" + strings.Repeat("\x01", 16))
+	var dst struct {
+		Z netip.Addr `spoe:"z,optional"`
+		Y int        `spoe:"#1,optional"`
+	}
+	for c := range 256 {
+		for at := range len(first) {
+			var n notify
+			b := bytes.Clone(first)
+			if err := n.decode(b); err != nil || !n.nextMessage() {
+				t.Fatalf("want a message, have none, error %v", err)
+			}
+			m := &n.current
+			for i := at; i < len(b); i++ {
+				b[i] = byte(c)
+			}
+			for i := range m.Len() {
+				m.Arg(i)
+			}
+			m.Lookup("none")
+			argsOf(m)
+			_ = m.Decode(&dst)
+			appendMessage(nil, m)
+			n.nextMessage()
 		}
 	}
 }
@@ -375,26 +604,71 @@ func TestNewMessageCopies(t *testing.T) {
 	}
 }
 
-func TestNamesBounded(t *testing.T) {
+// Names are interned up to a bound, by several goroutines at once.
+func TestNames(t *testing.T) {
 	var n names
-	for i := range 10 * maxNames {
-		want := "name-" + strconv.Itoa(i)
-		if have := n.intern([]byte(want)); want != have {
-			t.Fatalf("want %s, have %s", want, have)
-		}
-		if len(n) > maxNames {
-			t.Fatalf("want at most %d names, have %d", maxNames, len(n))
-		}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i := range 4 * len(n.slots) {
+				want := "name-" + strconv.Itoa(i)
+				if have := n.intern([]byte(want)); want != have {
+					t.Errorf("want %s, have %s", want, have)
+				}
+			}
+		})
 	}
-	n = nil
-	for _, size := range []int{maxNameLen, maxNameLen + 1, 1 << 20} {
+	wg.Wait()
+	for _, size := range []int{0, 1, maxNameLen, maxNameLen + 1, 1 << 20} {
 		long := strings.Repeat("x", size)
-		if have := n.intern([]byte(long)); long != have {
+		have := n.intern([]byte(long))
+		if long != have {
 			t.Errorf("want %d x, have %q", size, have)
 		}
+		again := unsafe.StringData(n.intern([]byte(long))) == unsafe.StringData(have)
+		if kept := size <= maxNameLen; kept != again {
+			t.Errorf("name of %d bytes: want kept %v, have %v", size, kept, again)
+		}
 	}
-	if len(n) != 1 {
-		t.Errorf("want the long names not kept, have %d names", len(n))
+	usual := make([][]byte, 50) // more than any configuration has
+	for i := range usual {
+		usual[i] = []byte("usual-" + strconv.Itoa(i))
+	}
+	wantAllocs(t, "usual names", 0, func() {
+		for _, name := range usual {
+			n.intern(name)
+		}
+	})
+}
+
+// What a NOTIFY costs is bounded by its bytes, whatever they say.
+func TestNotifyMemory(t *testing.T) {
+	const size = 64000
+	for name, payload := range map[string][]byte{
+		"tiny arguments": bytes.Repeat([]byte("\x00\xff"+strings.Repeat("\x00\x00", 255)), size/512),
+		"empty messages": bytes.Repeat([]byte("\x00\x00"), size/2),
+	} {
+		msgs, args := 0, 0
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		n := new(notify)
+		if err := n.decode(payload); err != nil {
+			t.Fatal(err)
+		}
+		for n.nextMessage() {
+			msgs++
+			for range n.current.Args() {
+				args++
+			}
+		}
+		runtime.ReadMemStats(&after)
+		if msgs+args < size/2-100 {
+			t.Fatalf("%s: want about %d, have %d messages and %d arguments", name, size/2, msgs, args)
+		}
+		// The bytes themselves are there already.
+		if took := after.TotalAlloc - before.TotalAlloc; took > size {
+			t.Errorf("%s: want at most the %d bytes of the payload, have %d allocated", name, len(payload), took)
+		}
 	}
 }
 
@@ -541,17 +815,15 @@ func TestNotify(t *testing.T) {
 	} {
 		n := mustDecode(t, tt.payload)
 		var have []msg
-		for i := range n.msgs {
-			have = append(have, msg{n.msgs[i].Name(), n.msgs[i].args})
+		var enc []byte
+		for _, m := range messagesOf(n) {
+			have = append(have, msg{m.Name(), argsOf(m)})
+			enc = appendMessage(enc, m)
 		}
 		if !slices.EqualFunc(tt.want, have, func(a, b msg) bool {
 			return a.name == b.name && slices.EqualFunc(a.args, b.args, sameArg)
 		}) {
 			t.Errorf("%s: want %v, have %v", tt.name, tt.want, have)
-		}
-		var enc []byte
-		for i := range n.msgs {
-			enc = appendMessage(enc, &n.msgs[i])
 		}
 		if string(enc) != tt.payload {
 			t.Errorf("%s: encode: want %q, have %q", tt.name, tt.payload, enc)
@@ -574,7 +846,7 @@ func TestNotifyRefused(t *testing.T) {
 		{"second message broken", ipNotify + "\x01b\x01\x00"},
 	} {
 		var disconnect *DisconnectError
-		err := new(notify).decode([]byte(tt.payload), new(names))
+		err := new(notify).decode([]byte(tt.payload))
 		if !errors.As(err, &disconnect) || disconnect.Status != StatusInvalidFrame || disconnect.Remote {
 			t.Errorf("%s: want our %v, have %v", tt.name, StatusInvalidFrame, err)
 		}
@@ -589,7 +861,7 @@ func TestNotifyCutShort(t *testing.T) {
 	payload := first + "\x01b\x01\x01x\x09\x02\x00\xff"
 	var n notify
 	for i := range len(payload) {
-		err := n.decode([]byte(payload[:i]), new(names))
+		err := n.decode([]byte(payload[:i]))
 		if want, have := i == 0 || i == len(first), err == nil; want != have {
 			t.Errorf("%d of %d bytes: want accepted %v, have %v", i, len(payload), want, err)
 		}
@@ -797,7 +1069,7 @@ func TestMessage(t *testing.T) {
 		{"A", Value{}, false},
 		{"c", Value{}, false},
 	} {
-		if v, ok := m.Lookup(tt.name); ok != tt.ok || !same(tt.want, v) {
+		if v, ok := m.Lookup(tt.name); ok != tt.ok || !tt.want.Equal(v) {
 			t.Errorf("Lookup(%q): want %v %v, have %v %v", tt.name, tt.want, tt.ok, v, ok)
 		}
 	}
@@ -824,11 +1096,11 @@ func TestMessage(t *testing.T) {
 
 func TestMessageIDs(t *testing.T) {
 	n := notify{stream: 7, id: 8, engine: "e"}
-	if err := n.decode([]byte("\x01a\x00\x01b\x00"), new(names)); err != nil {
+	if err := n.decode([]byte("\x01a\x00\x01b\x00")); err != nil {
 		t.Fatal(err)
 	}
-	for i := range n.msgs {
-		if m := &n.msgs[i]; m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" {
+	for _, m := range messagesOf(&n) {
+		if m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" {
 			t.Errorf("%s: want 7, 8, e, have %d, %d, %s", m.Name(), m.StreamID(), m.FrameID(), m.EngineID())
 		}
 	}
@@ -973,6 +1245,136 @@ func TestDecodeField(t *testing.T) {
 	}
 }
 
+// A Value and a pointer tell what is absent, NULL and empty apart, also in a
+// struct that is used again.
+func TestDecodePresence(t *testing.T) {
+	var dst struct {
+		Value   Value       `spoe:"v,optional"`
+		Text    *string     `spoe:"v,optional"`
+		Null    Value       `spoe:"null"`
+		Pointer *int16      `spoe:"null"`
+		First   Value       `spoe:"#0"`
+		Again   *Value      // no tag
+		Addr    *netip.Addr `spoe:"ip,parse,optional"`
+	}
+	null, ip := Arg{"null", Value{}}, Arg{"ip", String("192.0.2.1")}
+	for _, tt := range []struct {
+		what string
+		args []Arg
+		want string
+	}{
+		{"a string", []Arg{{"v", String("x")}, null, ip}, `string "x" "x" ipv4 string`},
+		{"an empty one", []Arg{{"v", String("")}, null}, `string "" "" string`},
+		{"the first counts", []Arg{{"v", String("1")}, {"v", String("2")}, null}, `string "1" "1" string`},
+		{"NULL", []Arg{{"v", Value{}}, null}, `null <null> nil null`},
+		{"the first counts if it is NULL", []Arg{{"v", Value{}}, {"v", String("2")}, null}, `null <null> nil null`},
+		{"none", []Arg{null}, `null <null> nil null`},
+	} {
+		if err := NewMessage("m", tt.args...).Decode(&dst); err != nil {
+			t.Errorf("%s: %v", tt.what, err)
+			continue
+		}
+		have := fmt.Sprintf("%v %q ", dst.Value.Kind(), dst.Value)
+		if dst.Text == nil {
+			have += "nil "
+		} else {
+			have += strconv.Quote(*dst.Text) + " "
+		}
+		if dst.Addr != nil {
+			have += Addr(*dst.Addr).Kind().String() + " "
+		}
+		have += dst.First.Kind().String()
+		if tt.want != have || !dst.Null.Equal(Value{}) || dst.Pointer != nil {
+			t.Errorf("%s: want %s, have %s, with %v and %v for NULL", tt.what, tt.want, have, dst.Null, dst.Pointer)
+		}
+	}
+	for _, tt := range []struct {
+		args []Arg
+		want string
+	}{
+		{nil, "spoa: message m: argument null: want spoa.Value, have nothing"},
+		{[]Arg{{"null", Int64(1 << 15)}}, "spoa: message m: argument null: want int16, have int64 32768"},
+		{[]Arg{null, {"v", Int64(1)}}, "spoa: message m: argument v: want string, have int64 1"},
+	} {
+		dst.Text, dst.Pointer = nil, nil
+		if err := NewMessage("m", tt.args...).Decode(&dst); err == nil || err.Error() != tt.want || dst.Text != nil || dst.Pointer != nil {
+			t.Errorf("want %s and no value, have %v, %v and %v", tt.want, err, dst.Text, dst.Pointer)
+		}
+	}
+}
+
+// A Value is a view, so Decode allocates nothing for it.
+func TestDecodeView(t *testing.T) {
+	body := []byte("\x04body\x09\x05hello")
+	m := &Message{name: "m", count: 1, args: body}
+	var dst struct {
+		Body Value `spoe:"body"`
+	}
+	wantAllocs(t, "Decode a Value", 0, func() {
+		if err := m.Decode(&dst); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if &dst.Body.Bytes()[0] != &body[7] {
+		t.Error("want a view of the frame, have a copy")
+	}
+}
+
+func TestDecodeParse(t *testing.T) {
+	for _, tt := range []struct {
+		v    Value
+		want string
+	}{
+		{String("192.0.2.1"), "192.0.2.1"},
+		{String(" 2001:db8::1\t"), "2001:db8::1"}, // as a header field may have it
+		{Binary([]byte("::ffff:192.0.2.1")), "192.0.2.1"},
+		{Addr(netip.MustParseAddr("192.0.2.2")), "192.0.2.2"},
+		{String("192.0.2.1, 192.0.2.2"), "want netip.Addr, have string 192.0.2.1, 192.0.2.2"},
+		{String("fe80::1%eth0"), "want netip.Addr, have string fe80::1%eth0"},
+		{String(""), "want netip.Addr, have string "},
+		{Value{}, "want netip.Addr, have null"},
+		{Int64(1), "want netip.Addr, have int64 1"},
+	} {
+		var dst struct {
+			IP netip.Addr `spoe:"v,parse"`
+		}
+		have := ""
+		if err := NewMessage("m", Arg{"v", tt.v}).Decode(&dst); err != nil {
+			have = strings.TrimPrefix(err.Error(), "spoa: message m: argument v: ")
+		} else {
+			have = dst.IP.String()
+		}
+		if tt.want != have {
+			t.Errorf("%v %v: want %s, have %s", tt.v.Kind(), tt.v, tt.want, have)
+		}
+	}
+}
+
+// More fields than arguments, in any order, and many.
+func TestDecodeManyFields(t *testing.T) {
+	var fields []reflect.StructField
+	var args []Arg
+	for i := range 100 {
+		name := fmt.Sprintf("a%d", i)
+		fields = append(fields, reflect.StructField{Name: "A" + name, Type: reflect.TypeFor[int](), Tag: reflect.StructTag(`spoe:"` + name + `"`)})
+		args = append(args, Arg{name, Int(i)})
+	}
+	slices.Reverse(args)
+	p := reflect.New(reflect.StructOf(fields))
+	if err := NewMessage("m", args...).Decode(p.Interface()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range fields {
+		if have := p.Elem().Field(i).Int(); int64(i) != have {
+			t.Errorf("want %d, have %d", i, have)
+		}
+	}
+	err := NewMessage("m", args[1:]...).Decode(p.Interface())
+	if want := "spoa: message m: argument a99: want int, have nothing"; err == nil || err.Error() != want {
+		t.Errorf("want %s, have %v", want, err)
+	}
+}
+
 func TestDecodeErrors(t *testing.T) {
 	type byName struct {
 		V int `spoe:"ip_score"`
@@ -1001,6 +1403,12 @@ func TestDecodeErrors(t *testing.T) {
 	type badElem struct {
 		V []string `spoe:"v"`
 	}
+	type badParse struct {
+		V string `spoe:"v,parse"`
+	}
+	type badPointer struct {
+		V **int `spoe:"v"`
+	}
 	_ = unexported{}.v
 	m := NewMessage("check", Arg{"v", String("x")})
 	for _, tt := range []struct {
@@ -1011,8 +1419,10 @@ func TestDecodeErrors(t *testing.T) {
 		{new(byPosition), "spoa: message check: argument #1: want int, have nothing"},
 		// Optional is not a licence to be of the wrong kind.
 		{new(optional), "spoa: message check: argument v: want int, have string x"},
-		{new(unexported), "spoa: spoa.unexported.v has a tag but is not exported"},
+		{new(unexported), "spoa: spoa.unexported.v: has a tag but is not exported"},
 		{new(badOption), `spoa: spoa.badOption.V: tag "v,omitempty": unknown option omitempty`},
+		{new(badParse), `spoa: spoa.badParse.V: tag "v,parse": option parse is for netip.Addr, not for string`},
+		{new(badPointer), "spoa: spoa.badPointer.V: cannot decode into **int"},
 		{new(badPosition), `spoa: spoa.badPosition.V: tag "#x": want a position from #0 to #255`},
 		{new(farPosition), `spoa: spoa.farPosition.V: tag "#256": want a position from #0 to #255`},
 		{new(badType), "spoa: spoa.badType.V: cannot decode into float64"},
@@ -1079,7 +1489,7 @@ func TestActions(t *testing.T) {
 		{ScopeReq, "v", Value{}, false},
 		{ScopeProc, "", Value{}, false},
 	} {
-		if v, ok := a.Lookup(tt.scope, tt.name); ok != tt.ok || !same(tt.want, v) {
+		if v, ok := a.Lookup(tt.scope, tt.name); ok != tt.ok || !tt.want.Equal(v) {
 			t.Errorf("Lookup(%v, %q): want %v %v, have %v %v", tt.scope, tt.name, tt.want, tt.ok, v, ok)
 		}
 	}
@@ -1257,11 +1667,12 @@ var kinds = []Arg{
 func checkKinds(t *testing.T, c capture, payload []byte, long int) {
 	t.Helper()
 	n := mustDecode(t, string(payload))
-	if len(n.msgs) != 2 || n.msgs[0].Name() != "kinds" || n.msgs[1].Name() != "ping" || n.msgs[1].Len() != 0 || n.msgs[0].Len() != len(kinds) {
-		t.Fatalf("%s: %s: want kinds and ping, have %v", c.file, c.what, n.msgs)
+	msgs := messagesOf(n)
+	if len(msgs) != 2 || msgs[0].Name() != "kinds" || msgs[1].Name() != "ping" || msgs[1].Len() != 0 || msgs[0].Len() != len(kinds) {
+		t.Fatalf("%s: %s: want kinds and ping, have %d messages of %q", c.file, c.what, len(msgs), payload)
 	}
 	for i, want := range kinds {
-		have := n.msgs[0].Arg(i)
+		have := msgs[0].Arg(i)
 		switch want.Name {
 		case "port":
 			if port, ok := have.Value.Int(); !ok || have.Value.Kind() != KindInt64 || port < 1024 || port > math.MaxUint16 {
@@ -1312,15 +1723,15 @@ func TestCaptures(t *testing.T) {
 				t.Errorf("%s: %s: encode: want %q, have %q", c.file, c.what, frame, have)
 			}
 		case c.kind == frameNotify && c.fin():
-			n := mustDecode(t, string(c.payload))
-			if n.msgs[0].Name() == "kinds" {
+			msgs := messagesOf(mustDecode(t, string(c.payload)))
+			if m := msgs[0]; m.Name() == "kinds" {
 				checkKinds(t, c, c.payload, 20)
-			} else if m := &n.msgs[0]; m.Name() != "check-client-ip" || m.Len() != 1 || !sameArg(kinds[0], m.Arg(0)) {
-				t.Errorf("%s: %s: want check-client-ip 127.0.0.1, have %s %v", c.file, c.what, m.Name(), m.args)
+			} else if m.Name() != "check-client-ip" || m.Len() != 1 || !sameArg(kinds[0], m.Arg(0)) {
+				t.Errorf("%s: %s: want check-client-ip 127.0.0.1, have %s %v", c.file, c.what, m.Name(), argsOf(m))
 			}
 			have := beginFrame(nil, c.kind, c.flags, c.stream, c.id)
-			for i := range n.msgs {
-				have = appendMessage(have, &n.msgs[i])
+			for _, m := range msgs {
+				have = appendMessage(have, m)
 			}
 			if have = finishFrame(have, 0); !bytes.Equal(frame, have) {
 				t.Errorf("%s: %s: encode: want %q, have %q", c.file, c.what, frame, have)
@@ -1329,7 +1740,7 @@ func TestCaptures(t *testing.T) {
 			if whole = append(whole, c.payload...); c.fin() {
 				checkKinds(t, c, whole, 300)
 				whole = nil
-			} else if err := new(notify).decode(whole, new(names)); err == nil {
+			} else if err := new(notify).decode(whole); err == nil {
 				t.Errorf("%s: %s: want a fragment refused, have none", c.file, c.what)
 			}
 		}
@@ -1376,7 +1787,6 @@ func wantAllocs(t *testing.T, name string, want float64, f func()) {
 func TestAllocs(t *testing.T) {
 	var (
 		n      notify
-		table  names
 		acts   Actions
 		m      = NewMessage("m", Arg{"a", Int64(1)}, Arg{"b", Int64(2)}, Arg{"c", Int64(3)})
 		header = beginFrame(nil, frameNotify, flagFIN, 1<<40, 1)
@@ -1389,14 +1799,18 @@ func TestAllocs(t *testing.T) {
 		strs = append(strs, kv("argument-"+strconv.Itoa(i), "\x08\x05hello")...)
 	}
 	decode := func(payload []byte) {
-		if err := n.decode(payload, &table); err != nil {
+		if err := n.decode(payload); err != nil {
 			t.Fatal(err)
+		}
+		for n.nextMessage() {
+			for range n.current.Args() {
+			}
 		}
 		n.release()
 	}
 	wantAllocs(t, "decode ip", 0, func() { decode(ipPayload) })
 	wantAllocs(t, "decode eight strings", 0, func() { decode(strs) })
-	// What a slot held last is but a guess at its name.
+	// The name of the last message is but a guess.
 	wantAllocs(t, "decode one and the other", 0, func() { decode(ipPayload); decode(strs); decode(httpPayload) })
 	wantAllocs(t, "metadata", 0, func() {
 		var f frame
@@ -1440,15 +1854,12 @@ func BenchmarkDecodeNotify(b *testing.B) {
 		payload []byte
 	}{{"ip", ipPayload}, {"http", httpPayload}, {"body", bodyPayload}} {
 		b.Run(bb.name, func(b *testing.B) {
-			var (
-				n     notify
-				table names
-			)
+			var n notify
 			b.ReportAllocs()
 			b.SetBytes(int64(len(bb.payload)))
 			for b.Loop() {
-				if err := n.decode(bb.payload, &table); err != nil {
-					b.Fatal(err)
+				if err := n.decode(bb.payload); err != nil || !n.nextMessage() {
+					b.Fatalf("want a message, have none, error %v", err)
 				}
 			}
 		})
@@ -1469,12 +1880,55 @@ func BenchmarkEncodeAck(b *testing.B) {
 	}
 }
 
+// nineArguments is what Coraza's agent asks for.
+type nineArguments struct {
+	App     string     `spoe:"app"`
+	SrcIP   netip.Addr `spoe:"src-ip"`
+	SrcPort uint16     `spoe:"src-port"`
+	DstIP   netip.Addr `spoe:"dst-ip"`
+	DstPort uint16     `spoe:"dst-port"`
+	Method  string     `spoe:"method"`
+	ID      string     `spoe:"id,optional"`
+	Path    string     `spoe:"path"`
+	Version string     `spoe:"version"`
+}
+
+var nineMessage = NewMessage("coraza-req", Arg{"app", String("default")},
+	Arg{"src-ip", Addr(netip.MustParseAddr("192.0.2.1"))}, Arg{"src-port", Int64(44321)},
+	Arg{"dst-ip", Addr(netip.MustParseAddr("192.0.2.2"))}, Arg{"dst-port", Int64(443)},
+	Arg{"method", String("GET")}, Arg{"id", String("")}, Arg{"path", String("/index.html")}, Arg{"version", String("1.1")})
+
 func BenchmarkDecodeStruct(b *testing.B) {
+	b.Run("four", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var r request
+			if err := requestMessage.Decode(&r); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("nine", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var r nineArguments
+			if err := nineMessage.Decode(&r); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// BenchmarkArg is all that the codec does for a NOTIFY with one address.
+func BenchmarkArg(b *testing.B) {
 	b.ReportAllocs()
+	var n notify
 	for b.Loop() {
-		var r request
-		if err := requestMessage.Decode(&r); err != nil {
-			b.Fatal(err)
+		if err := n.decode(ipPayload); err != nil || !n.nextMessage() {
+			b.Fatalf("want a message, have none, error %v", err)
+		}
+		if _, ok := n.current.Arg(0).Value.Addr(); !ok {
+			b.Fatal("want an address, have none")
 		}
 	}
 }

@@ -368,7 +368,7 @@ func TestWorkerGoexit(t *testing.T) {
 		runtime.Goexit()
 		return nil
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
 	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
 		for n := range uint64(3) {
 			p.send(notifyOf(1, n, echoed("a"), NewMessage("place"), NewMessage("exit")))
@@ -409,7 +409,7 @@ func (r *record) want(t testing.TB, want ...string) {
 func TestHandlerTimeout(t *testing.T) {
 	const limit = 50 * time.Millisecond
 	var r record
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
 	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
 		r.list = nil
 		began := time.Now()
@@ -460,7 +460,7 @@ func TestHandlerTimeoutOwnError(t *testing.T) {
 func TestHandlerTimeoutWindow(t *testing.T) {
 	var r record
 	g := new(gates)
-	opts := []Option{WithHandlerTimeout(20 * time.Millisecond), WithPipelining(1), WithFaultVar(ScopeTxn, "fault"),
+	opts := []Option{WithHandlerTimeout(20 * time.Millisecond), WithPipelining(1), faultText(ScopeTxn, "fault"),
 		WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo), r.hook()}
 	bubble(t, opts, func(t *testing.T, b *bed) {
 		*g = *newGates()
@@ -496,7 +496,7 @@ func (b *bed) sole() *conn {
 func TestLateBeforeBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r record
-		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), WithFaultVar(ScopeTxn, "fault"), r.hook(),
+		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), faultText(ScopeTxn, "fault"), r.hook(),
 			WithHandlerFunc("echo", func(context.Context, *Message, *Actions) error {
 				t.Error("want no call of the handler")
 				return nil
@@ -514,6 +514,7 @@ func TestLateBeforeBegun(t *testing.T) {
 		if err := j.decode(appendMessage(nil, echoed("x"))); err != nil {
 			t.Fatal(err)
 		}
+		j.limit = w.limitOf(&j.notify)
 		box.Begin(0)
 		q.mu.Lock()
 		q.running.push(j)
@@ -932,7 +933,7 @@ func TestWorkersFlood(t *testing.T) {
 				a.SetVar(ScopeTxn, "whole", v)
 				return err
 			}
-			b := newBed(t, l, append(tt.opts, WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
+			b := newBed(t, l, append(tt.opts, faultText(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
 			var clients sync.WaitGroup
 			for range conns {
 				p := b.quietPeer()
@@ -1068,7 +1069,7 @@ func TestHandlerTimeoutFinished(t *testing.T) {
 			time.Sleep(2 * limit) // what the scheduler may do
 		}
 	}})
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
 	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
 		p.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
 		p.want(1, 1, sets("echo", "x"))
@@ -1256,13 +1257,13 @@ func TestHandlers(t *testing.T) {
 	})
 
 	var lines logLines
-	opts = append(opts, WithFaultVar(ScopeTxn, "fault"), WithLogger(&lines))
+	opts = append(opts, faultText(ScopeTxn, "fault"), WithLogger(&lines))
 	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
 		r.list = nil
 		lines.forget()
 		for id := range uint64(3) {
 			p.send(notifyOf(1, id, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
-			p.want(1, id, sets("echo", "x"))
+			p.want(1, id, sets("echo", "x")+","+sets("fault", "no-handler"))
 			p.wantNone()
 			r.want(t, "place: <nil>", "a: spoa: no handler for this message", "echo: <nil>", "b: spoa: no handler for this message")
 		}
@@ -1274,7 +1275,7 @@ func TestHandlers(t *testing.T) {
 		// A peer can invent any number of names.
 		for id := range uint64(2 * maxUnknown) {
 			p.send(notifyOf(2, id, NewMessage("invented-"+strconv.FormatUint(id, 10))))
-			p.want(2, id, "")
+			p.want(2, id, sets("fault", "no-handler"))
 		}
 		if have := lines.with("no handler"); len(have) != maxUnknown {
 			t.Errorf("want %d warnings, have %d", maxUnknown, len(have))
@@ -1297,7 +1298,7 @@ func TestHandlerFaults(t *testing.T) {
 			return end(a)
 		}
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
 		WithHandler("error", fail(func(*Actions) error { return fmt.Errorf("wrapped: %w", own) })),
 		WithHandler("panic", fail(func(*Actions) error { panic(own) })),
 		WithHandler("panic with text", fail(func(*Actions) error { panic("text") })),
@@ -1360,7 +1361,7 @@ func TestHandlerFaults(t *testing.T) {
 						t.Errorf("want the stack of the panic, have %v\n%s", pe, pe.Stack)
 					}
 					// No fault, no variable.
-					p.send(notifyOf(2, id, NewMessage("place"), echoed("good"), NewMessage("none")))
+					p.send(notifyOf(2, id, NewMessage("place"), echoed("good")))
 					p.want(2, id, sets("echo", "good"))
 				}
 			})
@@ -1544,7 +1545,7 @@ func TestOverload(t *testing.T) {
 	capacity := workers * int(lasts/took)
 	every := lasts / time.Duration(5*capacity) // NOTIFYs come
 	var verdicts, overloads, late atomic.Int64
-	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"),
+	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"),
 		WithHandlerFunc("sleep", func(_ context.Context, _ *Message, a *Actions) error {
 			time.Sleep(took)
 			a.SetVar(ScopeTxn, "verdict", Bool(true))

@@ -414,6 +414,11 @@ func (rd *reader) next() (bool, error) {
 	if len(b) < lengthSize {
 		return false, nil
 	}
+	if !c.greeted {
+		if d := otherProtocol(b); d != nil {
+			return false, d
+		}
+	}
 	size := binary.BigEndian.Uint32(b)
 	switch {
 	case size > uint32(c.agreed.frameSize):
@@ -516,7 +521,6 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	if err := j.decode(payload); err != nil {
 		return err
 	}
-	j.limit = c.workers.limitOf(&j.notify)
 	if rd.batchStart == 0 { // the first call of a batch: time spent before it is not its own
 		rd.batchStart = c.workers.clock()
 	}
@@ -553,7 +557,6 @@ func (rd *reader) spread(payload []byte, reassembled bool) error {
 	if err := j.decode(j.buf[:n:n]); err != nil {
 		return err
 	}
-	j.limit = c.workers.limitOf(&j.notify)
 	c.workers.spread(j)
 	return nil
 }

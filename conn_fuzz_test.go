@@ -43,6 +43,9 @@ func (c *talk) run(b []byte) {
 	for len(b) >= 4 {
 		size := uint64(binary.BigEndian.Uint32(b))
 		switch {
+		case !c.agreed && otherProtocol(b) != nil:
+			c.end(4)
+			return
 		case size > limit:
 			c.end(3)
 			return

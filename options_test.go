@@ -594,7 +594,7 @@ func TestLogging(t *testing.T) {
 		faults := func() {
 			for range 4 {
 				h := ln.dial(t)
-				h.try("GET / HTTP/1.1\r\n\r\n")
+				h.try("\xff\xff\xff\xff")
 				h.wantEnd(StatusFrameTooBig)
 				h = ln.dial(t)
 				h.try(goodbye)

@@ -155,6 +155,15 @@ func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 	j.actions.buf, j.actions.max = j.actions.buf[:0], j.queue.ackSize-len(ids)
 }
 
+// decode decodes the payload of j's NOTIFY, which says how long it may take.
+func (j *job) decode(b []byte) error {
+	err := j.notify.decode(b)
+	if err == nil {
+		j.limit = j.queue.workers.limitOf(&j.notify)
+	}
+	return err
+}
+
 // shrink lets go of memory that is not used.
 func (j *job) shrink() {
 	j.release()

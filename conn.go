@@ -481,9 +481,10 @@ func (rd *reader) hello() error {
 		a.checked(c)
 	}
 	c.agreed, c.greeted = negotiate(h, a.terms()), true
-	c.ackSize = c.agreed.frameSize - (minFrameLen - 2) - len(a.faultVars[faultOverload])
-	c.engine, rd.job.engine = h.engineID, h.engineID
-	c.peer.Store(&Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck})
+	c.ackSize = c.agreed.frameSize - (minFrameLen - 2)
+	peer := &Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck}
+	c.peer.Store(peer)
+	c.engine, c.queue.hello, rd.job.peer = h.engineID, peer, peer
 	rd.out = appendHello(rd.out, frameAgentHello, &hello{versions: version, frameSize: uint32(c.agreed.frameSize), capabilities: c.agreed.capabilities()})
 	rd.flush()
 	if h.healthcheck {
@@ -533,7 +534,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 		return errTaken
 	}
 	rd.calls++
-	rd.out = appendAck(rd.out, flagFIN, j.ids, j.actions.buf, c.workers.faultVars[j.fault])
+	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
 	if c.pace.slow {
 		rd.endBatch()
@@ -570,7 +571,7 @@ func (rd *reader) fragment() error {
 	case err != nil:
 		return err
 	case result == tooLong:
-		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.ids, c.agent.faultVars[faultError])
+		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.ids, c.agent.faultActions[FaultError])
 	case result == complete:
 		c.notifyStart = 0
 		return rd.notify(payload, true)

@@ -338,7 +338,8 @@ func (c *Client) stop(err error) bool {
 
 // unsaid returns the DisconnectError in err if the agent is still to be told.
 func unsaid(err error) (*DisconnectError, bool) {
-	d, ok := errors.AsType[*DisconnectError](err)
+	var d *DisconnectError
+	ok := errors.As(err, &d)
 	return d, ok && !d.Remote && d.Status != StatusIO
 }
 
@@ -359,7 +360,8 @@ func (c *Client) read() {
 		c.mu.Unlock()
 	}
 	if !c.stop(err) {
-		if d, ok := errors.AsType[*DisconnectError](err); !ok || !d.Remote || d.Status != StatusNormal {
+		var d *DisconnectError
+		if !errors.As(err, &d) || !d.Remote || d.Status != StatusNormal {
 			c.bye = err
 		}
 	}
@@ -501,7 +503,8 @@ func cutShort(err error, r *bufio.Reader) error {
 // ioError wraps the error of a net.Conn, without the addresses, which would
 // make two of one kind look different.
 func ioError(err error) error {
-	if op, ok := errors.AsType[*net.OpError](err); ok {
+	var op *net.OpError
+	if errors.As(err, &op) {
 		err = op.Err
 	}
 	return fmt.Errorf("%w: %w", &DisconnectError{Status: StatusIO}, err)

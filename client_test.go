@@ -128,7 +128,8 @@ func show(actions []Action) string {
 
 func wantStatus(t *testing.T, err error, status Status, remote bool) {
 	t.Helper()
-	if d, ok := errors.AsType[*DisconnectError](err); !ok || d.Status != status || d.Remote != remote {
+	var d *DisconnectError
+	if !errors.As(err, &d) || d.Status != status || d.Remote != remote {
 		t.Errorf("want status %v, remote %v; have %v", status, remote, err)
 	}
 }
@@ -686,12 +687,12 @@ func scoreAgent(t *testing.T, ln net.Listener) {
 				case frameHAProxyDisconnect:
 					out = []byte(normalBye)
 				case frameNotify:
-					if err := n.decode(f.payload, new(names)); err != nil {
+					if err := n.decode(f.payload); err != nil || !n.nextMessage() {
 						t.Error(err)
 						return
 					}
 					var a Actions
-					a.SetVar(ScopeSess, "ip_score", n.msgs[0].Arg(0).Value)
+					a.SetVar(ScopeSess, "ip_score", n.current.Arg(0).Value)
 					out = appendAck(nil, flagFIN, ids(f.stream, f.id), a.buf)
 				}
 				if _, err := conn.Write(out); err != nil {

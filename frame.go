@@ -2,15 +2,19 @@ package spoa
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"hash/maphash"
 	"iter"
 	"math"
+	"math/bits"
 	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 )
 
@@ -172,9 +176,11 @@ func appendString(b []byte, s string) []byte {
 
 // cutString takes a length and that many bytes from the beginning of b.
 func cutString(b []byte) (s, rest []byte, ok bool) {
-	if len(b) > 0 && b[0] < 240 && int(b[0]) < len(b) { // nearly all
-		end := 1 + int(b[0])
-		return b[1:end:end], b[end:], true
+	if len(b) > 0 {
+		if size := int(b[0]); size < 240 && size < len(b) { // nearly all
+			end := 1 + size
+			return b[1:end:end], b[end:], true
+		}
 	}
 	size, n := varint(b)
 	if n == 0 || size > uint64(len(b)-n) {
@@ -317,11 +323,13 @@ func (v Value) Addr() (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
+func (v Value) isText() bool { return v.kind == KindString || v.kind == KindBinary }
+
 // Bytes returns the bytes of a STRING or BINARY, nil for other kinds. It is a
 // view: it must not be written to, and those of a Message are gone when the
 // handler returns.
 func (v Value) Bytes() []byte {
-	if v.kind != KindString && v.kind != KindBinary {
+	if !v.isText() {
 		return nil
 	}
 	return unsafe.Slice(unsafe.StringData(v.s), len(v.s))
@@ -617,28 +625,44 @@ func parseDisconnect(payload []byte) *DisconnectError {
 	return e
 }
 
-// names keeps one copy of each name seen, so that names can be handed out as
-// strings that last and yet cost no allocation. It is bounded: a peer can fill
-// it, and then it starts anew.
-type names map[string]string
+// names keeps one copy of each name that was seen lately, so that names can be
+// handed out as strings that last and yet cost no allocation. Several goroutines
+// may use it at once. It is bounded: a peer that invents names replaces others,
+// which are then copied again.
+type names struct {
+	slots [nameSets * nameWays]atomic.Pointer[string]
+}
 
 const (
-	maxNames   = 256
+	nameSets   = 256
+	nameWays   = 4 // slots that a name may be in
 	maxNameLen = 64
 )
 
+var (
+	interned names
+	nameSeed = maphash.MakeSeed() // a peer cannot choose names that collide
+)
+
+// intern returns b as a string that may be kept.
 func (t *names) intern(b []byte) string {
-	if s, ok := (*t)[string(b)]; ok {
-		return s
+	if len(b) == 0 || len(b) > maxNameLen {
+		return string(b)
+	}
+	hash := maphash.Bytes(nameSeed, b)
+	set := t.slots[hash%nameSets*nameWays:][:nameWays]
+	for i := range set {
+		if p := set[i].Load(); p != nil && *p == string(b) {
+			return *p
+		}
+	}
+	// First in, first out. If another goroutine does so too, a name may get lost
+	// or be there twice, which costs a copy.
+	for i := nameWays - 1; i > 0; i-- {
+		set[i].Store(set[i-1].Load())
 	}
 	s := string(b)
-	if len(b) > maxNameLen {
-		return s
-	}
-	if *t == nil || len(*t) == maxNames {
-		*t = make(names)
-	}
-	(*t)[s] = s
+	set[0].Store(&s)
 	return s
 }
 
@@ -651,22 +675,27 @@ type Arg struct {
 // Message is one message of a NOTIFY (SPOE.txt 3.2.6). It is valid until the
 // handler returns, and may be read by several goroutines until then. Names may
 // be kept; Values are views, see there.
+//
+// Arguments are decoded when they are asked for, from the bytes of the frame.
 type Message struct {
-	name string
-	args []Arg
-	from *notify
+	name  string
+	count int
+	args  []byte // begins with the encoded arguments
+	from  *notify
 }
 
 // NewMessage returns a Message as a handler would get it, for tests and for
 // Client. It copies the arguments. It panics if there are more than 255, which
 // no frame can hold.
 func NewMessage(name string, args ...Arg) *Message {
-	m := Message{name: name, args: args}
-	n := new(notify)
-	if len(args) > math.MaxUint8 || n.decode(appendMessage(nil, &m), new(names)) != nil {
+	if len(args) > math.MaxUint8 {
 		panic("spoa: NewMessage: " + strconv.Itoa(len(args)) + " arguments")
 	}
-	return &n.msgs[0]
+	var b []byte
+	for i := range args {
+		b = appendKV(b, args[i].Name, args[i].Value)
+	}
+	return &Message{name: name, count: len(args), args: b, from: new(notify)}
 }
 
 // Name returns the message's name.
@@ -683,23 +712,41 @@ func (m *Message) FrameID() uint64 { return m.from.id }
 // none.
 func (m *Message) EngineID() string { return m.from.engine }
 
-// Len returns the number of arguments.
-func (m *Message) Len() int { return len(m.args) }
+// Len returns the number of arguments, at most 255.
+func (m *Message) Len() int { return m.count }
 
 // Arg returns the argument at position i, from 0 to Len()-1; elsewhere the zero
-// Arg.
+// Arg. It reads past those before it: Args and Decode read each but once.
 func (m *Message) Arg(i int) Arg {
-	if i < 0 || i >= len(m.args) {
+	if i < 0 || i >= m.count {
 		return Arg{}
 	}
-	return m.args[i]
+	b, ok := skipArgs(m.args, i)
+	if !ok {
+		return Arg{}
+	}
+	var v Value
+	name, _, ok := cutKV(b, &v)
+	if !ok {
+		return Arg{}
+	}
+	return Arg{interned.intern(name), v}
 }
 
 // Lookup returns the first argument of that name.
 func (m *Message) Lookup(name string) (Value, bool) {
-	for i := range m.args {
-		if m.args[i].Name == name {
-			return m.args[i].Value, true
+	b := m.args
+	for range m.count {
+		var v Value
+		have, rest, ok := cutString(b)
+		if !ok {
+			break
+		}
+		if b, ok = cutValue(rest, &v); !ok {
+			break
+		}
+		if string(have) == name {
+			return v, true
 		}
 	}
 	return Value{}, false
@@ -708,150 +755,216 @@ func (m *Message) Lookup(name string) (Value, bool) {
 // Args iterates over the arguments in their order.
 func (m *Message) Args() iter.Seq2[string, Value] {
 	return func(yield func(string, Value) bool) {
-		for i := range m.args {
-			if !yield(m.args[i].Name, m.args[i].Value) {
+		b := m.args
+		for range m.count {
+			var v Value
+			name, rest, ok := cutKV(b, &v)
+			if !ok || !yield(interned.intern(name), v) {
 				return
 			}
+			b = rest
 		}
 	}
 }
 
 func appendMessage(b []byte, m *Message) []byte {
-	b = append(appendString(b, m.name), byte(len(m.args)))
-	for i := range m.args {
-		b = appendKV(b, m.args[i].Name, m.args[i].Value)
-	}
-	return b
+	rest, _ := skipArgs(m.args, m.count)
+	b = append(appendString(b, m.name), byte(m.count))
+	return append(b, m.args[:len(m.args)-len(rest)]...)
 }
 
-// notify is a decoded NOTIFY. It is used again and again: what a slot held last
-// time is the first guess at the names that it will hold.
+// notify is a NOTIFY, whose payload has been checked and is decoded bit by bit:
+// decoded as a whole, many small arguments would take 25 times their bytes. Its
+// messages are handled one after the other, so one Message does for all.
 type notify struct {
 	stream, id uint64
 	engine     string
-	msgs       []Message
-	args       []Arg // of all messages
+	payload    []byte
+	current    Message // the one that nextMessage cut off last
+	left       int     // messages that are still to be cut off
 }
 
 var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
 
-// decode decodes the payload of a NOTIFY, whole or not at all. Values are views
-// of b.
-func (n *notify) decode(b []byte, t *names) error {
-	n.msgs, n.args = n.msgs[:0], n.args[:0]
+// decode makes b, if it is well-formed, the payload of n. Messages and Values
+// are views of it.
+func (n *notify) decode(b []byte) error {
+	n.payload, n.left = b, 0
+	n.current.args, n.current.count, n.current.from = b, -1, n
 	for len(b) > 0 {
-		name, rest, ok := cutString(b)
-		if !ok || len(rest) == 0 {
+		_, count, rest, ok := cutMessage(b)
+		if !ok {
 			return errNotify
 		}
-		count := int(rest[0])
-		b = rest[1:]
-		if len(b) < 2*count { // an argument has at least a name's length and a type
+		if b, ok = skipArgs(rest, count); !ok {
 			return errNotify
 		}
-		n.args = longer(n.args, count)
-		args := n.args[len(n.args)-count : len(n.args) : len(n.args)]
-		for i := range args {
-			a := &args[i]
-			name, rest, ok := cutString(b)
-			if !ok {
-				return errNotify
-			}
-			if a.Name != string(name) {
-				a.Name = t.intern(name)
-			}
-			if b, ok = cutValue(rest, &a.Value); !ok {
-				return errNotify
-			}
-		}
-		n.msgs = longer(n.msgs, 1)
-		m := &n.msgs[len(n.msgs)-1]
-		if m.name != string(name) {
-			m.name = t.intern(name)
-		}
-		m.args, m.from = args, n
+		n.left++
 	}
 	return nil
 }
 
-// longer lengthens s by n elements, which are what they were the last time s was
-// that long.
-func longer[T any](s []T, n int) []T {
-	return slices.Grow(s, n)[:len(s)+n]
+// nextMessage makes n.current the next message. It reports whether there was
+// one.
+func (n *notify) nextMessage() bool {
+	if n.left == 0 {
+		return false
+	}
+	n.left--
+	m := &n.current
+	b := m.args
+	if m.count >= 0 {
+		b, _ = skipArgs(b, m.count)
+	}
+	name, count, args, _ := cutMessage(b)
+	if m.name != string(name) {
+		m.name = interned.intern(name)
+	}
+	m.count, m.args = count, args
+	return true
 }
 
-const keptArgs = 256 // slots of a notify that are kept for the next
+// names iterates over the names of all messages. Another goroutine may call
+// nextMessage meanwhile.
+func (n *notify) names() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for b := n.payload; len(b) > 0; {
+			name, count, rest, ok := cutMessage(b)
+			if !ok || !yield(interned.intern(name)) {
+				return
+			}
+			b, _ = skipArgs(rest, count)
+		}
+	}
+}
 
-// release lets go of the memory that the views point to.
+// release drops the views of the payload, so that its memory can be freed.
 func (n *notify) release() {
-	if cap(n.args) > keptArgs {
-		n.msgs, n.args = nil, nil
+	n.payload, n.left = nil, 0
+	n.current.count, n.current.args = 0, nil
+}
+
+// cutMessage takes the name of a message and the number of its arguments from
+// the beginning of b; the rest begins with the arguments.
+func cutMessage(b []byte) (name []byte, count int, rest []byte, ok bool) {
+	name, rest, ok = cutString(b)
+	if !ok || len(rest) == 0 {
+		return nil, 0, nil, false
 	}
-	for i := range n.msgs {
-		n.msgs[i].args = nil // may be of an array that n.args has outgrown
+	count, rest = int(rest[0]), rest[1:]
+	return name, count, rest, len(rest) >= 2*count // an argument has a name's length and a type
+}
+
+// skipArgs returns b without the n arguments at its beginning. It reports
+// whether they are well-formed.
+func skipArgs(b []byte, n int) (rest []byte, ok bool) {
+	for range n {
+		var v Value
+		if _, b, ok = cutKV(b, &v); !ok {
+			return nil, false
+		}
 	}
-	for i := range n.args {
-		n.args[i].Value = Value{}
-	}
+	return b, true
 }
 
 // Decode fills the struct that dst points to from the arguments. Fields are
-// tagged `spoe:"name"`, or `spoe:"#0"` for the argument at a position, and
-// `,optional` if the argument may be absent or NULL, which leaves the field as
-// it is. Fields may be of any integer type (the range is checked), bool,
-// string, []byte (also types derived from these), or netip.Addr. Strings and
-// byte slices are copied. Errors name the message, the argument, what was wanted and what
-// came.
+// tagged `spoe:"name"`, or `spoe:"#0"` for the argument at a position. They may
+// be of any integer type (the range is checked), bool, string, []byte, types
+// derived from these, netip.Addr, Value, or a pointer to one of the types before
+// Value.
+//
+// Strings and byte slices are copied. A Value is a view, see there.
+//
+// An argument must be there, and must not be NULL, which is how HAProxy sends
+// what a request does not have. To tell NULL from an empty string use a Value,
+// which takes NULL as it takes any other kind, or a pointer, which is nil then.
+// With `,optional` an argument may also be absent: a Value is NULL and a pointer
+// is nil then; any other field is left as it is if the argument is absent or
+// NULL.
+//
+// A netip.Addr with `,parse` also takes a string that is an address, such as
+// that of a header field.
+//
+// Errors name the message, the argument, what was wanted and what came.
 func (m *Message) Decode(dst any) error {
 	p := reflect.ValueOf(dst)
 	if p.Kind() != reflect.Pointer || p.IsNil() || p.Elem().Kind() != reflect.Struct {
 		return fmt.Errorf("spoa: message %s: cannot decode into %v: want a pointer to a struct", m.name, reflect.TypeOf(dst))
 	}
-	s := p.Elem()
-	plan := decodePlanOf(s.Type())
+	plan := decodePlanOf(p.Type().Elem())
 	if plan.err != nil {
 		return plan.err
 	}
-	for i := range plan.fields {
-		f := &plan.fields[i]
-		v, ok := m.Arg(f.pos).Value, f.pos < len(m.args)
-		if f.pos < 0 {
-			v, ok = m.Lookup(f.name)
+	var few [32]bool
+	seen := few[:]
+	if len(plan.fields) > len(few) {
+		seen = make([]bool, len(plan.fields))
+	}
+	base, b := p.UnsafePointer(), m.args
+	guess, at := 0, plan.named // the next field by name, the next by position
+	for i := range m.count {
+		var v Value
+		name, rest, ok := cutKV(b, &v)
+		if !ok {
+			break
 		}
-		if !ok || v.kind == KindNull {
-			if f.optional {
+		b = rest
+		for ; at < len(plan.fields) && plan.fields[at].pos == i; at++ {
+			seen[at] = true
+			if err := plan.fields[at].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		j := guess
+		if j >= plan.named || plan.fields[j].name != string(name) {
+			if j, ok = plan.byName[string(name)]; !ok {
 				continue
 			}
-			have := "nothing"
-			if ok {
-				have = "null"
-			}
-			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %s", m.name, f.name, f.typ, have)
 		}
-		if !setField(s.Field(f.index), v) {
-			return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %.40v", m.name, f.name, f.typ, v.kind, v)
+		if seen[j] {
+			continue // the first of a name counts
+		}
+		for ; j < plan.named && plan.fields[j].name == string(name); j++ {
+			seen[j] = true
+			if err := plan.fields[j].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		guess = j
+	}
+	for i := range plan.fields {
+		if f := &plan.fields[i]; !seen[i] {
+			if !f.optional {
+				return fmt.Errorf("spoa: message %s: argument %s: want %v, have nothing", m.name, f.name, f.elem)
+			}
+			f.clear(base)
 		}
 	}
 	return nil
 }
 
+// decodeField is a field that Decode fills.
 type decodeField struct {
-	index    int
 	name     string
-	pos      int // -1: by name
+	pos      int // of the argument; -1: by name
 	optional bool
-	typ      reflect.Type
+	parse    bool
+	pointer  bool
+	elem     reflect.Type // of the field, or of what it points to
+	store    fieldKind
+	offset   uintptr
 }
 
+// decodePlan holds the fields of a struct type: first those by name, the ones of
+// the same name side by side, then those by position in its order.
 type decodePlan struct {
 	fields []decodeField
+	named  int            // how many are by name
+	byName map[string]int // the first field of each name
 	err    error
 }
 
-var (
-	decodePlans sync.Map // of *decodePlan by reflect.Type
-	addrType    = reflect.TypeFor[netip.Addr]()
-)
+var decodePlans sync.Map // of *decodePlan by reflect.Type
 
 func decodePlanOf(t reflect.Type) *decodePlan {
 	if p, ok := decodePlans.Load(t); ok {
@@ -862,81 +975,223 @@ func decodePlanOf(t reflect.Type) *decodePlan {
 }
 
 func newDecodePlan(t reflect.Type) *decodePlan {
-	p := new(decodePlan)
+	p := &decodePlan{byName: make(map[string]int)}
+	var named, byPos []decodeField
 	for i := range t.NumField() {
 		sf := t.Field(i)
 		tag, ok := sf.Tag.Lookup("spoe")
 		if !ok {
 			continue
 		}
-		name, option, _ := strings.Cut(tag, ",")
-		f := decodeField{index: i, name: name, pos: -1, optional: option == "optional", typ: sf.Type}
-		if digits, ok := strings.CutPrefix(name, "#"); ok {
-			pos, err := strconv.ParseUint(digits, 10, 8)
-			if err != nil {
-				return &decodePlan{err: fmt.Errorf("spoa: %v.%s: tag %q: want a position from #0 to #255", t, sf.Name, tag)}
-			}
-			f.pos = int(pos)
+		f, err := newDecodeField(sf, tag)
+		if err != nil {
+			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: %w", t, sf.Name, err)}
 		}
-		switch {
-		case option != "" && option != "optional":
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: tag %q: unknown option %s", t, sf.Name, tag, option)}
-		case !sf.IsExported():
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s has a tag but is not exported", t, sf.Name)}
-		case !decodable(sf.Type):
-			return &decodePlan{err: fmt.Errorf("spoa: %v.%s: cannot decode into %v", t, sf.Name, sf.Type)}
+		if f.pos >= 0 {
+			byPos = append(byPos, f)
+		} else {
+			named = append(named, f)
 		}
-		p.fields = append(p.fields, f)
 	}
+	for _, f := range named {
+		if _, ok := p.byName[f.name]; ok {
+			continue
+		}
+		p.byName[f.name] = len(p.fields)
+		for _, g := range named {
+			if g.name == f.name {
+				p.fields = append(p.fields, g)
+			}
+		}
+	}
+	p.named = len(p.fields)
+	slices.SortStableFunc(byPos, func(a, b decodeField) int { return a.pos - b.pos })
+	p.fields = append(p.fields, byPos...)
 	return p
 }
 
-func decodable(t reflect.Type) bool {
-	switch k := t.Kind(); k {
-	case reflect.Bool, reflect.String:
-		return true
-	case reflect.Slice:
-		return t.Elem().Kind() == reflect.Uint8
-	default:
-		return k >= reflect.Int && k <= reflect.Uintptr || t == addrType
+func newDecodeField(sf reflect.StructField, tag string) (decodeField, error) {
+	name, opts, _ := strings.Cut(tag, ",")
+	f := decodeField{name: name, pos: -1, elem: sf.Type, offset: sf.Offset}
+	if digits, ok := strings.CutPrefix(name, "#"); ok {
+		pos, err := strconv.ParseUint(digits, 10, 8)
+		if err != nil {
+			return f, fmt.Errorf("tag %q: want a position from #0 to #255", tag)
+		}
+		f.pos = int(pos)
+	}
+	for opts != "" {
+		var o string
+		switch o, opts, _ = strings.Cut(opts, ","); o {
+		case "optional":
+			f.optional = true
+		case "parse":
+			f.parse = true
+		default:
+			return f, fmt.Errorf("tag %q: unknown option %s", tag, o)
+		}
+	}
+	if !sf.IsExported() {
+		return f, errors.New("has a tag but is not exported")
+	}
+	if f.pointer = sf.Type.Kind() == reflect.Pointer; f.pointer {
+		f.elem = sf.Type.Elem()
+	}
+	f.store = fieldKindOf(f.elem)
+	switch {
+	case f.store == 0, f.pointer && f.store == fieldValue:
+		return f, fmt.Errorf("cannot decode into %v", sf.Type)
+	case f.parse && f.store != fieldAddr:
+		return f, fmt.Errorf("tag %q: option parse is for netip.Addr, not for %v", tag, sf.Type)
+	}
+	return f, nil
+}
+
+// fieldKind says how a field's value is stored.
+type fieldKind uint8
+
+const (
+	fieldBool fieldKind = iota + 1
+	fieldInt8
+	fieldInt16
+	fieldInt32
+	fieldInt64
+	fieldUint8
+	fieldUint16
+	fieldUint32
+	fieldUint64
+	fieldString
+	fieldBytes
+	fieldAddr
+	fieldValue
+)
+
+// fieldKindOf returns 0 for a type that nothing can be decoded into.
+func fieldKindOf(t reflect.Type) fieldKind {
+	switch k := t.Kind(); {
+	case t == reflect.TypeFor[netip.Addr]():
+		return fieldAddr
+	case t == reflect.TypeFor[Value]():
+		return fieldValue
+	case k == reflect.Bool:
+		return fieldBool
+	case k == reflect.String:
+		return fieldString
+	case k == reflect.Slice && t.Elem().Kind() == reflect.Uint8:
+		return fieldBytes
+	case k >= reflect.Int && k <= reflect.Int64:
+		return fieldInt8 + fieldKind(bits.TrailingZeros(uint(t.Size())))
+	case k >= reflect.Uint && k <= reflect.Uintptr:
+		return fieldUint8 + fieldKind(bits.TrailingZeros(uint(t.Size())))
+	}
+	return 0
+}
+
+// set stores v into the field of the struct at base.
+func (f *decodeField) set(m *Message, base unsafe.Pointer, v Value) error {
+	if v.kind == KindNull && f.store != fieldValue {
+		if f.optional || f.pointer {
+			f.clear(base)
+			return nil
+		}
+		return fmt.Errorf("spoa: message %s: argument %s: want %v, have null", m.name, f.name, f.elem)
+	}
+	p := unsafe.Add(base, f.offset)
+	ok := false
+	if f.pointer {
+		elem := reflect.New(f.elem).UnsafePointer()
+		if ok = f.setElem(elem, v); ok {
+			*(*unsafe.Pointer)(p) = elem
+		}
+	} else {
+		ok = f.setElem(p, v)
+	}
+	if !ok {
+		return fmt.Errorf("spoa: message %s: argument %s: want %v, have %v %.40v", m.name, f.name, f.elem, v.kind, v)
+	}
+	return nil
+}
+
+// clear empties a field that can say that there is nothing.
+func (f *decodeField) clear(base unsafe.Pointer) {
+	switch p := unsafe.Add(base, f.offset); {
+	case f.pointer:
+		*(*unsafe.Pointer)(p) = nil
+	case f.store == fieldValue:
+		*(*Value)(p) = Value{}
 	}
 }
 
-// setField stores v, which is not NULL, into a field that is decodable.
-func setField(f reflect.Value, v Value) bool {
-	switch k := f.Kind(); {
-	case k == reflect.Bool:
-		b, ok := v.Bool()
-		if ok {
-			f.SetBool(b)
+// setElem stores v at p and reports whether it fits. The type of what p points to
+// is of the kind f.store.
+func (f *decodeField) setElem(p unsafe.Pointer, v Value) (ok bool) {
+	switch f.store {
+	case fieldBool:
+		var b bool
+		if b, ok = v.Bool(); ok {
+			*(*bool)(p) = b
 		}
-		return ok
-	case k >= reflect.Int && k <= reflect.Int64:
-		i, ok := v.Int()
-		if ok = ok && !f.OverflowInt(i); ok {
-			f.SetInt(i)
+	case fieldInt8:
+		ok = setInt[int8](p, v)
+	case fieldInt16:
+		ok = setInt[int16](p, v)
+	case fieldInt32:
+		ok = setInt[int32](p, v)
+	case fieldInt64:
+		ok = setInt[int64](p, v)
+	case fieldUint8:
+		ok = setUint[uint8](p, v)
+	case fieldUint16:
+		ok = setUint[uint16](p, v)
+	case fieldUint32:
+		ok = setUint[uint32](p, v)
+	case fieldUint64:
+		ok = setUint[uint64](p, v)
+	case fieldString:
+		if ok = v.isText(); ok {
+			*(*string)(p) = strings.Clone(v.s)
 		}
-		return ok
-	case k >= reflect.Uint && k <= reflect.Uintptr:
-		u, ok := v.Uint()
-		if ok = ok && !f.OverflowUint(u); ok {
-			f.SetUint(u)
+	case fieldBytes:
+		if ok = v.isText(); ok {
+			*(*[]byte)(p) = []byte(v.s)
 		}
-		return ok
-	case f.Type() == addrType:
-		a, ok := v.Addr()
-		if ok {
-			*(*netip.Addr)(f.Addr().UnsafePointer()) = a
+	case fieldAddr:
+		if f.parse && v.isText() {
+			v = parseAddr(v.s)
 		}
-		return ok
-	case v.kind != KindString && v.kind != KindBinary:
-		return false
-	case k == reflect.String:
-		f.SetString(strings.Clone(v.s))
-	default:
-		f.SetBytes([]byte(v.s))
+		var a netip.Addr
+		if a, ok = v.Addr(); ok {
+			*(*netip.Addr)(p) = a
+		}
+	case fieldValue:
+		*(*Value)(p), ok = v, true
 	}
-	return true
+	return ok
+}
+
+func setInt[T int8 | int16 | int32 | int64](p unsafe.Pointer, v Value) bool {
+	i, ok := v.Int()
+	if ok = ok && int64(T(i)) == i; ok {
+		*(*T)(p) = T(i)
+	}
+	return ok
+}
+
+func setUint[T uint8 | uint16 | uint32 | uint64](p unsafe.Pointer, v Value) bool {
+	u, ok := v.Uint()
+	if ok = ok && uint64(T(u)) == u; ok {
+		*(*T)(p) = T(u)
+	}
+	return ok
+}
+
+// parseAddr returns the address that s is, or NULL. Zones mean nothing to others.
+func parseAddr(s string) Value {
+	if strings.Contains(s, "%") {
+		return Value{}
+	}
+	a, _ := netip.ParseAddr(strings.TrimSpace(s))
+	return Addr(a)
 }
 
 // Scope is the scope of a variable (SPOE.txt 3.1, 3.4).
@@ -1128,16 +1383,15 @@ func describe(b []byte) string {
 	switch {
 	case f.kind == frameNotify && f.fin():
 		var n notify
-		if n.decode(f.payload, new(names)) != nil {
+		if n.decode(f.payload) != nil {
 			return s.String() + " malformed"
 		}
-		for i := range n.msgs {
-			fmt.Fprintf(&s, " %s(", n.msgs[i].name)
-			for i, a := range n.msgs[i].args {
-				if i > 0 {
-					s.WriteString(", ")
-				}
-				fmt.Fprintf(&s, "%s=%v %q", a.Name, a.Value.kind, a.Value.String())
+		for n.nextMessage() {
+			fmt.Fprintf(&s, " %s(", n.current.name)
+			separator := ""
+			for name, v := range n.current.Args() {
+				fmt.Fprintf(&s, "%s%s=%v %q", separator, name, v.kind, v.String())
+				separator = ", "
 			}
 			s.WriteString(")")
 		}

@@ -345,17 +345,14 @@ func FuzzNotify(f *testing.F) {
 	f.Add([]byte("\x01a\x02\x01x\x00\x01y\x11\x01b\x01\x01x\x04\x07"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Used before, as on a connection: what was there must not be seen.
-		var (
-			n     notify
-			table names
-		)
-		if err := n.decode(httpPayload, &table); err != nil {
+		var n notify
+		if err := n.decode(httpPayload); err != nil {
 			t.Fatal(err)
 		}
 		r := slow{b: b}
 		want := r.messages()
 		payload := bytes.Clone(b)
-		err := n.decode(payload, &table)
+		err := n.decode(payload)
 		if (err != nil) != r.bad {
 			t.Fatalf("%q: want refused %v, have %v", b, r.bad, err)
 		}
@@ -364,11 +361,18 @@ func FuzzNotify(f *testing.F) {
 		}
 		var have [][]string
 		var enc []byte
-		for i := range n.msgs {
-			m := &n.msgs[i]
+		names := slices.Collect(n.names())
+		for n.nextMessage() {
+			m := &n.current
 			l := []string{m.Name()}
-			for name, v := range m.Args() {
-				l = append(l, name, words(v))
+			for i, a := range argsOf(m) {
+				if !sameArg(a, m.Arg(i)) {
+					t.Fatalf("%q: Arg(%d): want %v, have %v", b, i, a, m.Arg(i))
+				}
+				l = append(l, a.Name, words(a.Value))
+			}
+			if len(names) <= len(have) || names[len(have)] != m.Name() || len(l) != 1+2*m.Len() {
+				t.Fatalf("%q: want message %d named %q with %d arguments, have %q and %q", b, len(have), m.Name(), m.Len(), names, l)
 			}
 			have = append(have, l)
 			enc = appendMessage(enc, m)
@@ -436,7 +440,7 @@ func FuzzRoundTrip(f *testing.F) {
 		v := valueOf(kind, number, text)
 		m := NewMessage(name, Arg{arg, v}, Arg{arg, v})
 		if m.Name() != name || m.Len() != 2 || !sameArg(m.Arg(1), Arg{arg, v}) {
-			t.Fatalf("want %q with two of %q %s, have %q %v", name, arg, words(v), m.Name(), m.args)
+			t.Fatalf("want %q with two of %q %s, have %q %v", name, arg, words(v), m.Name(), argsOf(m))
 		}
 		acts := Actions{max: max(limit, 0)}
 		acts.SetVar(Scope(scope), arg, v)

@@ -10,10 +10,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"unsafe"
 )
 
 // ids encodes the ids of a frame.
@@ -41,10 +44,26 @@ func sameAction(a, b Action) bool {
 func mustDecode(t testing.TB, payload string) *notify {
 	t.Helper()
 	n := new(notify)
-	if err := n.decode([]byte(payload), new(names)); err != nil {
+	if err := n.decode([]byte(payload)); err != nil {
 		t.Fatalf("decode %q: %v", payload, err)
 	}
 	return n
+}
+
+// messagesOf returns the messages of n that are still to be cut off.
+func messagesOf(n *notify) (msgs []*Message) {
+	for n.nextMessage() {
+		m := n.current
+		msgs = append(msgs, &m)
+	}
+	return msgs
+}
+
+func argsOf(m *Message) (args []Arg) {
+	for name, v := range m.Args() {
+		args = append(args, Arg{name, v})
+	}
+	return args
 }
 
 // ipv6 returns an IPV6, even of a 4-in-6 address, as HAProxy sends it; Addr
@@ -295,14 +314,11 @@ func TestValueAccessors(t *testing.T) {
 func TestLifetime(t *testing.T) {
 	buf := []byte("\x05login\x02" + "\x04user\x08\x04anna" + "\x02id\x09\x03abc")
 	other := "\x05other\x02" + "\x04name\x08\x04bert" + "\x02xy\x09\x03xyz"
-	var (
-		n  notify
-		t1 names
-	)
-	if err := n.decode(buf, &t1); err != nil {
-		t.Fatal(err)
+	var n notify
+	if err := n.decode(buf); err != nil || !n.nextMessage() {
+		t.Fatalf("want a message, have none, error %v", err)
 	}
-	m := &n.msgs[0]
+	m := &n.current
 	user, id := m.Arg(0), m.Arg(1)
 	var dst struct {
 		User string `spoe:"user"`
@@ -321,8 +337,8 @@ func TestLifetime(t *testing.T) {
 	set, _ := acts.Lookup(ScopeTxn, "user")
 
 	copy(buf, other)
-	if err := n.decode(buf, &t1); err != nil {
-		t.Fatal(err)
+	if err := n.decode(buf); err != nil || !n.nextMessage() {
+		t.Fatalf("want another message, have none, error %v", err)
 	}
 	for _, k := range kept {
 		if k.want != k.have {
@@ -332,34 +348,61 @@ func TestLifetime(t *testing.T) {
 	if string(dst.ID) != "abc" || set.String() != "anna" {
 		t.Errorf("want abc and anna kept, have %s and %v", dst.ID, set)
 	}
-	if n.msgs[0].Name() != "other" || n.msgs[0].Arg(0).Name != "name" || n.msgs[0].Arg(0).Value.String() != "bert" {
-		t.Errorf("want the second message, have %s %v", n.msgs[0].Name(), n.msgs[0].args)
+	if m.Name() != "other" || m.Arg(0).Name != "name" || m.Arg(0).Value.String() != "bert" {
+		t.Errorf("want the second message, have %s %v", m.Name(), argsOf(m))
 	}
 }
 
-// A notify is used for as long as a connection lasts: it must not grow with
-// each payload.
+// A notify is used for as long as a connection lasts: what it held before must
+// not be seen, and a payload that was answered can be freed.
 func TestNotifyReuse(t *testing.T) {
-	const payload = "\x01a\x02\x01x\x08\x01v\x01y\x00" + "\x01b\x01\x01z\x11"
-	var (
-		n     notify
-		table names
-	)
-	for range 3 {
-		if err := n.decode([]byte(payload), &table); err != nil {
+	var n notify
+	for _, payload := range []string{"\x01a\x02\x01x\x08\x01v\x01y\x00" + "\x01b\x01\x01z\x11", "\x01b\x00", "", "\x01a\x00"} {
+		if err := n.decode([]byte(payload)); err != nil {
 			t.Fatal(err)
 		}
-		if len(n.msgs) != 2 || len(n.args) != 3 {
-			t.Errorf("want 2 messages and 3 arguments, have %d and %d", len(n.msgs), len(n.args))
+		var enc []byte
+		for n.nextMessage() {
+			enc = appendMessage(enc, &n.current)
 		}
-		a := &n.msgs[0] // its array had no room for the arguments of b, at first
-		if n.release(); a.Arg(0).Value.s != "" {
-			t.Errorf("want no view after release, have %q", a.Arg(0).Value.s)
+		if want := payload; want != string(enc) {
+			t.Errorf("want %q, have %q", want, enc)
+		}
+		m := &n.current
+		n.release()
+		if n.payload != nil || m.args != nil || m.Len() != 0 || n.nextMessage() {
+			t.Errorf("want no view after release, have %q and %q", n.payload, m.args)
 		}
 	}
-	for i := range n.args[:cap(n.args)] {
-		if v := n.args[:cap(n.args)][i].Value; v.s != "" {
-			t.Errorf("want no view after release, have %q", v.s)
+}
+
+// A handler must not keep its Message. If it does, it may get anything, but the
+// process lives on.
+func TestMessageUsedTooLate(t *testing.T) {
+	first := []byte("\x01a\x03" + "\x01x\x08\x04abcd" + "\x01y\x04\xf0\x01" + "\x01z\x07" + strings.Repeat("\x01", 16))
+	var dst struct {
+		Z netip.Addr `spoe:"z,optional"`
+		Y int        `spoe:"#1,optional"`
+	}
+	for c := range 256 {
+		for at := range len(first) {
+			var n notify
+			b := bytes.Clone(first)
+			if err := n.decode(b); err != nil || !n.nextMessage() {
+				t.Fatalf("want a message, have none, error %v", err)
+			}
+			m := &n.current
+			for i := at; i < len(b); i++ {
+				b[i] = byte(c)
+			}
+			for i := range m.Len() {
+				m.Arg(i)
+			}
+			m.Lookup("none")
+			argsOf(m)
+			_ = m.Decode(&dst)
+			appendMessage(nil, m)
+			n.nextMessage()
 		}
 	}
 }
@@ -375,26 +418,71 @@ func TestNewMessageCopies(t *testing.T) {
 	}
 }
 
-func TestNamesBounded(t *testing.T) {
+// Names are interned up to a bound, by several goroutines at once.
+func TestNames(t *testing.T) {
 	var n names
-	for i := range 10 * maxNames {
-		want := "name-" + strconv.Itoa(i)
-		if have := n.intern([]byte(want)); want != have {
-			t.Fatalf("want %s, have %s", want, have)
-		}
-		if len(n) > maxNames {
-			t.Fatalf("want at most %d names, have %d", maxNames, len(n))
-		}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i := range 4 * len(n.slots) {
+				want := "name-" + strconv.Itoa(i)
+				if have := n.intern([]byte(want)); want != have {
+					t.Errorf("want %s, have %s", want, have)
+				}
+			}
+		})
 	}
-	n = nil
-	for _, size := range []int{maxNameLen, maxNameLen + 1, 1 << 20} {
+	wg.Wait()
+	for _, size := range []int{0, 1, maxNameLen, maxNameLen + 1, 1 << 20} {
 		long := strings.Repeat("x", size)
-		if have := n.intern([]byte(long)); long != have {
+		have := n.intern([]byte(long))
+		if long != have {
 			t.Errorf("want %d x, have %q", size, have)
 		}
+		again := unsafe.StringData(n.intern([]byte(long))) == unsafe.StringData(have)
+		if kept := size <= maxNameLen; kept != again {
+			t.Errorf("name of %d bytes: want kept %v, have %v", size, kept, again)
+		}
 	}
-	if len(n) != 1 {
-		t.Errorf("want the long names not kept, have %d names", len(n))
+	usual := make([][]byte, 50) // more than any configuration has
+	for i := range usual {
+		usual[i] = []byte("usual-" + strconv.Itoa(i))
+	}
+	wantAllocs(t, "usual names", 0, func() {
+		for _, name := range usual {
+			n.intern(name)
+		}
+	})
+}
+
+// What a NOTIFY costs is bounded by its bytes, whatever they say.
+func TestNotifyMemory(t *testing.T) {
+	const size = 64000
+	for name, payload := range map[string][]byte{
+		"tiny arguments": bytes.Repeat([]byte("\x00\xff"+strings.Repeat("\x00\x00", 255)), size/512),
+		"empty messages": bytes.Repeat([]byte("\x00\x00"), size/2),
+	} {
+		msgs, args := 0, 0
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		n := new(notify)
+		if err := n.decode(payload); err != nil {
+			t.Fatal(err)
+		}
+		for n.nextMessage() {
+			msgs++
+			for range n.current.Args() {
+				args++
+			}
+		}
+		runtime.ReadMemStats(&after)
+		if msgs+args < size/2-100 {
+			t.Fatalf("%s: want about %d, have %d messages and %d arguments", name, size/2, msgs, args)
+		}
+		// The bytes themselves are there already.
+		if took := after.TotalAlloc - before.TotalAlloc; took > size {
+			t.Errorf("%s: want at most the %d bytes of the payload, have %d allocated", name, len(payload), took)
+		}
 	}
 }
 
@@ -541,17 +629,15 @@ func TestNotify(t *testing.T) {
 	} {
 		n := mustDecode(t, tt.payload)
 		var have []msg
-		for i := range n.msgs {
-			have = append(have, msg{n.msgs[i].Name(), n.msgs[i].args})
+		var enc []byte
+		for _, m := range messagesOf(n) {
+			have = append(have, msg{m.Name(), argsOf(m)})
+			enc = appendMessage(enc, m)
 		}
 		if !slices.EqualFunc(tt.want, have, func(a, b msg) bool {
 			return a.name == b.name && slices.EqualFunc(a.args, b.args, sameArg)
 		}) {
 			t.Errorf("%s: want %v, have %v", tt.name, tt.want, have)
-		}
-		var enc []byte
-		for i := range n.msgs {
-			enc = appendMessage(enc, &n.msgs[i])
 		}
 		if string(enc) != tt.payload {
 			t.Errorf("%s: encode: want %q, have %q", tt.name, tt.payload, enc)
@@ -574,7 +660,7 @@ func TestNotifyRefused(t *testing.T) {
 		{"second message broken", ipNotify + "\x01b\x01\x00"},
 	} {
 		var disconnect *DisconnectError
-		err := new(notify).decode([]byte(tt.payload), new(names))
+		err := new(notify).decode([]byte(tt.payload))
 		if !errors.As(err, &disconnect) || disconnect.Status != StatusInvalidFrame || disconnect.Remote {
 			t.Errorf("%s: want our %v, have %v", tt.name, StatusInvalidFrame, err)
 		}
@@ -589,7 +675,7 @@ func TestNotifyCutShort(t *testing.T) {
 	payload := first + "\x01b\x01\x01x\x09\x02\x00\xff"
 	var n notify
 	for i := range len(payload) {
-		err := n.decode([]byte(payload[:i]), new(names))
+		err := n.decode([]byte(payload[:i]))
 		if want, have := i == 0 || i == len(first), err == nil; want != have {
 			t.Errorf("%d of %d bytes: want accepted %v, have %v", i, len(payload), want, err)
 		}
@@ -824,11 +910,11 @@ func TestMessage(t *testing.T) {
 
 func TestMessageIDs(t *testing.T) {
 	n := notify{stream: 7, id: 8, engine: "e"}
-	if err := n.decode([]byte("\x01a\x00\x01b\x00"), new(names)); err != nil {
+	if err := n.decode([]byte("\x01a\x00\x01b\x00")); err != nil {
 		t.Fatal(err)
 	}
-	for i := range n.msgs {
-		if m := &n.msgs[i]; m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" {
+	for _, m := range messagesOf(&n) {
+		if m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" {
 			t.Errorf("%s: want 7, 8, e, have %d, %d, %s", m.Name(), m.StreamID(), m.FrameID(), m.EngineID())
 		}
 	}
@@ -1011,7 +1097,7 @@ func TestDecodeErrors(t *testing.T) {
 		{new(byPosition), "spoa: message check: argument #1: want int, have nothing"},
 		// Optional is not a licence to be of the wrong kind.
 		{new(optional), "spoa: message check: argument v: want int, have string x"},
-		{new(unexported), "spoa: spoa.unexported.v has a tag but is not exported"},
+		{new(unexported), "spoa: spoa.unexported.v: has a tag but is not exported"},
 		{new(badOption), `spoa: spoa.badOption.V: tag "v,omitempty": unknown option omitempty`},
 		{new(badPosition), `spoa: spoa.badPosition.V: tag "#x": want a position from #0 to #255`},
 		{new(farPosition), `spoa: spoa.farPosition.V: tag "#256": want a position from #0 to #255`},
@@ -1257,11 +1343,12 @@ var kinds = []Arg{
 func checkKinds(t *testing.T, c capture, payload []byte, long int) {
 	t.Helper()
 	n := mustDecode(t, string(payload))
-	if len(n.msgs) != 2 || n.msgs[0].Name() != "kinds" || n.msgs[1].Name() != "ping" || n.msgs[1].Len() != 0 || n.msgs[0].Len() != len(kinds) {
-		t.Fatalf("%s: %s: want kinds and ping, have %v", c.file, c.what, n.msgs)
+	msgs := messagesOf(n)
+	if len(msgs) != 2 || msgs[0].Name() != "kinds" || msgs[1].Name() != "ping" || msgs[1].Len() != 0 || msgs[0].Len() != len(kinds) {
+		t.Fatalf("%s: %s: want kinds and ping, have %d messages of %q", c.file, c.what, len(msgs), payload)
 	}
 	for i, want := range kinds {
-		have := n.msgs[0].Arg(i)
+		have := msgs[0].Arg(i)
 		switch want.Name {
 		case "port":
 			if port, ok := have.Value.Int(); !ok || have.Value.Kind() != KindInt64 || port < 1024 || port > math.MaxUint16 {
@@ -1312,15 +1399,15 @@ func TestCaptures(t *testing.T) {
 				t.Errorf("%s: %s: encode: want %q, have %q", c.file, c.what, frame, have)
 			}
 		case c.kind == frameNotify && c.fin():
-			n := mustDecode(t, string(c.payload))
-			if n.msgs[0].Name() == "kinds" {
+			msgs := messagesOf(mustDecode(t, string(c.payload)))
+			if m := msgs[0]; m.Name() == "kinds" {
 				checkKinds(t, c, c.payload, 20)
-			} else if m := &n.msgs[0]; m.Name() != "check-client-ip" || m.Len() != 1 || !sameArg(kinds[0], m.Arg(0)) {
-				t.Errorf("%s: %s: want check-client-ip 127.0.0.1, have %s %v", c.file, c.what, m.Name(), m.args)
+			} else if m.Name() != "check-client-ip" || m.Len() != 1 || !sameArg(kinds[0], m.Arg(0)) {
+				t.Errorf("%s: %s: want check-client-ip 127.0.0.1, have %s %v", c.file, c.what, m.Name(), argsOf(m))
 			}
 			have := beginFrame(nil, c.kind, c.flags, c.stream, c.id)
-			for i := range n.msgs {
-				have = appendMessage(have, &n.msgs[i])
+			for _, m := range msgs {
+				have = appendMessage(have, m)
 			}
 			if have = finishFrame(have, 0); !bytes.Equal(frame, have) {
 				t.Errorf("%s: %s: encode: want %q, have %q", c.file, c.what, frame, have)
@@ -1329,7 +1416,7 @@ func TestCaptures(t *testing.T) {
 			if whole = append(whole, c.payload...); c.fin() {
 				checkKinds(t, c, whole, 300)
 				whole = nil
-			} else if err := new(notify).decode(whole, new(names)); err == nil {
+			} else if err := new(notify).decode(whole); err == nil {
 				t.Errorf("%s: %s: want a fragment refused, have none", c.file, c.what)
 			}
 		}
@@ -1376,7 +1463,6 @@ func wantAllocs(t *testing.T, name string, want float64, f func()) {
 func TestAllocs(t *testing.T) {
 	var (
 		n      notify
-		table  names
 		acts   Actions
 		m      = NewMessage("m", Arg{"a", Int64(1)}, Arg{"b", Int64(2)}, Arg{"c", Int64(3)})
 		header = beginFrame(nil, frameNotify, flagFIN, 1<<40, 1)
@@ -1389,14 +1475,18 @@ func TestAllocs(t *testing.T) {
 		strs = append(strs, kv("argument-"+strconv.Itoa(i), "\x08\x05hello")...)
 	}
 	decode := func(payload []byte) {
-		if err := n.decode(payload, &table); err != nil {
+		if err := n.decode(payload); err != nil {
 			t.Fatal(err)
+		}
+		for n.nextMessage() {
+			for range n.current.Args() {
+			}
 		}
 		n.release()
 	}
 	wantAllocs(t, "decode ip", 0, func() { decode(ipPayload) })
 	wantAllocs(t, "decode eight strings", 0, func() { decode(strs) })
-	// What a slot held last is but a guess at its name.
+	// The name of the last message is but a guess.
 	wantAllocs(t, "decode one and the other", 0, func() { decode(ipPayload); decode(strs); decode(httpPayload) })
 	wantAllocs(t, "metadata", 0, func() {
 		var f frame
@@ -1440,15 +1530,12 @@ func BenchmarkDecodeNotify(b *testing.B) {
 		payload []byte
 	}{{"ip", ipPayload}, {"http", httpPayload}, {"body", bodyPayload}} {
 		b.Run(bb.name, func(b *testing.B) {
-			var (
-				n     notify
-				table names
-			)
+			var n notify
 			b.ReportAllocs()
 			b.SetBytes(int64(len(bb.payload)))
 			for b.Loop() {
-				if err := n.decode(bb.payload, &table); err != nil {
-					b.Fatal(err)
+				if err := n.decode(bb.payload); err != nil || !n.nextMessage() {
+					b.Fatalf("want a message, have none, error %v", err)
 				}
 			}
 		})
@@ -1469,12 +1556,41 @@ func BenchmarkEncodeAck(b *testing.B) {
 	}
 }
 
+// nineArguments is what Coraza's agent asks for.
+type nineArguments struct {
+	App     string     `spoe:"app"`
+	SrcIP   netip.Addr `spoe:"src-ip"`
+	SrcPort uint16     `spoe:"src-port"`
+	DstIP   netip.Addr `spoe:"dst-ip"`
+	DstPort uint16     `spoe:"dst-port"`
+	Method  string     `spoe:"method"`
+	ID      string     `spoe:"id,optional"`
+	Path    string     `spoe:"path"`
+	Version string     `spoe:"version"`
+}
+
+var nineMessage = NewMessage("coraza-req", Arg{"app", String("default")},
+	Arg{"src-ip", Addr(netip.MustParseAddr("192.0.2.1"))}, Arg{"src-port", Int64(44321)},
+	Arg{"dst-ip", Addr(netip.MustParseAddr("192.0.2.2"))}, Arg{"dst-port", Int64(443)},
+	Arg{"method", String("GET")}, Arg{"id", String("")}, Arg{"path", String("/index.html")}, Arg{"version", String("1.1")})
+
 func BenchmarkDecodeStruct(b *testing.B) {
-	b.ReportAllocs()
-	for b.Loop() {
-		var r request
-		if err := requestMessage.Decode(&r); err != nil {
-			b.Fatal(err)
+	b.Run("four", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var r request
+			if err := requestMessage.Decode(&r); err != nil {
+				b.Fatal(err)
+			}
 		}
-	}
+	})
+	b.Run("nine", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var r nineArguments
+			if err := nineMessage.Decode(&r); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -889,7 +889,7 @@ func (rd *reader) notify(payload []byte, whole bool) error {
 		j.buf, c.fragment.buf = payload, j.buf[:0]
 	}
 	j.begin(f, f.ids, rd.arrived)
-	if err := j.decode(payload, &c.names); err != nil {
+	if err := j.decode(payload); err != nil {
 		return err
 	}
 	if rd.began == 0 { // what others had before doesn't count
@@ -930,7 +930,7 @@ func (rd *reader) spread(payload []byte, whole bool) error {
 	j.buf = append(j.buf, f.ids...)
 	n := len(payload)
 	j.begin(f, j.buf[n:], rd.arrived)
-	if err := j.decode(j.buf[:n:n], &c.names); err != nil {
+	if err := j.decode(j.buf[:n:n]); err != nil {
 		return err
 	}
 	c.workers.spread(j)
@@ -1237,7 +1237,8 @@ func (rd *reader) shrink() {
 	}
 	rd.frame = frame{} // a view
 	rd.out, rd.job.buf, rd.job.actions.buf = nil, nil, nil
-	rd.job.ids, rd.job.msgs, rd.job.args = nil, nil, nil
+	rd.job.ids = nil
+	rd.job.release()
 	if !c.fragment.open {
 		c.fragment.buf = nil
 	}

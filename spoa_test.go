@@ -1473,7 +1473,7 @@ func TestIDs(t *testing.T) {
 func notifySized(n int) string {
 	pad := n - 5 - 2 // type, flags, ids
 	for l := pad; ; l-- {
-		payload := string(appendMessage(nil, &Message{name: "number", args: []Arg{{"", String(strings.Repeat("x", l))}}}))
+		payload := string(appendMessage(nil, NewMessage("number", Arg{"", String(strings.Repeat("x", l))})))
 		if len(payload) == pad {
 			return rawFrame(frameNotify, flagFIN, 1, 2, payload)
 		}
@@ -1570,7 +1570,7 @@ func TestAckSize(t *testing.T) {
 			h.helloAs(offer)
 			largest := 0
 			for n := 100; n < size; n++ {
-				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, &Message{name: "fill", args: []Arg{{"", Int64(int64(n))}}}))))
+				h.send(rawFrame(frameNotify, flagFIN, stream, 1, string(appendMessage(nil, NewMessage("fill", Arg{"", Int64(int64(n))})))))
 				f := h.want(frameAck)
 				err := receive(t, "a call", errs)
 				length := 5 + len(ids(stream, f.id)) + len(f.payload)
@@ -2271,7 +2271,7 @@ func TestFragments(t *testing.T) {
 func TestFragmentRules(t *testing.T) {
 	const max = 300
 	message := func(n int) string { // a payload of n bytes
-		return string(appendMessage(nil, &Message{name: "number", args: []Arg{{"", String(strings.Repeat("x", n-len("\x06number\x01\x00\x08\xf0\x00")))}}}))
+		return string(appendMessage(nil, NewMessage("number", Arg{"", String(strings.Repeat("x", n-len("\x06number\x01\x00\x08\xf0\x00")))})))
 	}
 	first := func(stream, id uint64) string { return rawFrame(frameNotify, 0, stream, id, number[:3]) }
 	last := func(stream, id uint64) string { return rawFrame(frameUnset, flagFIN, stream, id, number[3:]) }

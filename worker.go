@@ -178,7 +178,6 @@ type lane struct {
 	ctx     context.Context
 	engine  string
 	ackSize int // what an ACK may hold besides its ids
-	names   names
 	pace    pace
 	call    atomic.Pointer[call] // of the current reader
 	hot     atomic.Bool          // in workers.hot
@@ -470,8 +469,8 @@ func (l *lane) overloaded(shed []*job) {
 
 // overloaded tells that j's messages were not handled for want of time.
 func (w *workers) overloaded(j *job) {
-	for i := range j.msgs {
-		w.handled(&j.msgs[i], 0, ErrOverload)
+	for j.nextMessage() {
+		w.handled(&j.current, 0, ErrOverload)
 	}
 	if n, ok := w.limit.allow("overload"); ok {
 		level.Warn(w.logger).Log("msg", "overload: answered without calling the handler", "suppressed", n)
@@ -503,8 +502,8 @@ func (w *workers) handle(j *job) {
 		w.handleInTime(j)
 		return
 	}
-	for i := range j.msgs {
-		w.message(j.lane.ctx, j, i)
+	for j.nextMessage() {
+		w.message(j.lane.ctx, j)
 	}
 }
 
@@ -516,12 +515,12 @@ func (w *workers) handleInTime(j *job) {
 		w.overloaded(j)
 		return
 	}
-	for i := range j.msgs {
+	for j.nextMessage() {
 		if j.late() {
-			w.handled(&j.msgs[i], 0, ErrOverload)
+			w.handled(&j.current, 0, ErrOverload)
 			continue
 		}
-		w.message(ctx, j, i)
+		w.message(ctx, j)
 	}
 }
 
@@ -544,19 +543,19 @@ func (j *job) late() bool {
 	return j.answered
 }
 
-// commit has what j's messages up to i say sent, even if the next is late. It
-// tells whether there was still time.
-func (j *job) commit(i int) bool {
+// commit makes the actions of j's messages up to the current one final: they are
+// sent even if a later message is late. It reports whether there was still time.
+func (j *job) commit() bool {
 	j.lane.mu.Lock()
 	defer j.lane.mu.Unlock()
 	j.done = j.actions.buf
-	j.finished = i == len(j.msgs)-1
+	j.finished = j.left == 0
 	return !j.answered
 }
 
-// message runs the handler of j's message i.
-func (w *workers) message(ctx context.Context, j *job, i int) {
-	m, a := &j.msgs[i], &j.actions
+// message runs the handler of j's current message.
+func (w *workers) message(ctx context.Context, j *job) {
+	m, a := &j.current, &j.actions
 	mark := len(a.buf)
 	a.err = nil
 	if m.name != j.message || j.handler == nil {
@@ -569,7 +568,7 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 	if h == nil {
 		w.noHandler(m)
 		if w.handlerTimeout > 0 {
-			j.commit(i)
+			j.commit()
 		}
 		return
 	}
@@ -587,7 +586,7 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 			err = &PanicError{v, debug.Stack()}
 		}
 		a.buf = a.buf[:mark]
-		w.returned(j, i, began, err)
+		w.returned(j, began, err)
 	}()
 	err := h.ServeSPOE(ctx, m, a)
 	returned = true
@@ -596,15 +595,15 @@ func (w *workers) message(ctx context.Context, j *job, i int) {
 	} else {
 		err = a.err
 	}
-	w.returned(j, i, began, err)
+	w.returned(j, began, err)
 }
 
-// returned deals with the end of the handler of j's message i.
-func (w *workers) returned(j *job, i int, began time.Duration, err error) {
-	if w.handlerTimeout > 0 && !j.commit(i) && err == nil {
+// returned deals with the end of the handler of j's current message.
+func (w *workers) returned(j *job, began time.Duration, err error) {
+	if w.handlerTimeout > 0 && !j.commit() && err == nil {
 		err = context.DeadlineExceeded
 	}
-	m := &j.msgs[i]
+	m := &j.current
 	if err != nil {
 		w.failed(j, m, err)
 	}
@@ -764,9 +763,7 @@ func (l *lane) look(now time.Duration) (inline, busy bool, calls uint64) {
 	busy = l.running.head != nil || l.queued.head != nil
 	var names []string
 	for _, j := range slow {
-		for i := range j.msgs {
-			names = append(names, j.msgs[i].name)
-		}
+		names = slices.AppendSeq(names, j.names())
 	}
 	l.mu.Unlock()
 	if shed != nil || late {

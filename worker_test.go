@@ -508,7 +508,7 @@ func TestLateBeforeBegun(t *testing.T) {
 		}
 		j := newJob(l)
 		j.begin(&frame{stream: 1, id: 1}, ids(1, 1), w.clock())
-		if err := j.decode(appendMessage(nil, echoed("x")), &l.names); err != nil {
+		if err := j.decode(appendMessage(nil, echoed("x"))); err != nil {
 			t.Fatal(err)
 		}
 		l.mu.Lock()
@@ -802,7 +802,7 @@ func TestIdleShrinks(t *testing.T) {
 			"read":      cap(rd.buf) - minBuffer,
 			"answers":   cap(rd.out) + cap(c.out) + cap(c.spare),
 			"fragments": cap(c.fragment.buf),
-			"job":       cap(rd.job.buf) + cap(rd.job.actions.buf) + cap(rd.job.args) + cap(rd.job.msgs),
+			"job":       cap(rd.job.buf) + cap(rd.job.actions.buf) + cap(rd.job.payload) + cap(rd.job.current.args),
 		} {
 			if have > 0 {
 				t.Errorf("want nothing kept of what was grown, have %d of %s", have, name)

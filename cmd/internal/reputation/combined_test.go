@@ -29,6 +29,11 @@ func (l *late) Judge(ctx context.Context, _ Subject) Finding {
 		time.AfterFunc(l.after, func() { close(l.ready) })
 	}
 	select {
+	case <-l.ready: // also if ctx has ended
+		return l.found
+	default:
+	}
+	select {
 	case <-l.ready:
 		return l.found
 	case <-ctx.Done():

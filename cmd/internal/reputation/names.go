@@ -7,7 +7,7 @@ import (
 )
 
 // maxJoined bounds what a joiner keeps.
-const maxJoined = 4096
+const maxJoined = 1024
 
 // A joiner joins names by commas. It allocates only when it meets two names for
 // the first time, or has met too many. Its zero value is ready to use.

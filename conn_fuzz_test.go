@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -200,14 +201,14 @@ type playedConn struct {
 
 	mu     sync.Mutex
 	writes [][]byte
-	closed bool
+	closed atomic.Bool
 }
 
 func (c *playedConn) Read(b []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.closed:
+	case c.closed.Load():
 		return 0, net.ErrClosed
 	case len(c.said) == 0:
 		return 0, io.EOF
@@ -220,7 +221,7 @@ func (c *playedConn) Read(b []byte) (int, error) {
 func (c *playedConn) Write(b []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	if c.closed.Load() {
 		return 0, net.ErrClosed
 	}
 	c.writes = append(c.writes, slices.Clone(b))
@@ -230,7 +231,7 @@ func (c *playedConn) Write(b []byte) (int, error) {
 func (c *playedConn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.closed = true
+	c.closed.Store(true)
 	return nil
 }
 
@@ -288,7 +289,8 @@ func play(t *testing.T, setup, step byte, said []byte) {
 	a.serveConn(new(listener), nc)
 	err := receive(t, "the end", ended)
 	a.Close()
-	if n := len(a.Conns()); n != 0 || !nc.closed {
+	receive(t, "the agent to be closed", a.done)
+	if n := len(a.Conns()); n != 0 || !nc.closed.Load() {
 		t.Fatalf("%q: want it closed and forgotten, have %d connections", said, n)
 	}
 	eventually(t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines })

@@ -91,6 +91,15 @@ var statusText = map[Status]struct{ name, hint string }{
 	StatusUnknown:         {"unknown error", ""},
 }
 
+// kind returns s's words as a kind of log line, of which there are few: all codes
+// that SPOP does not know are of one kind.
+func (s Status) kind() string {
+	if t, ok := statusText[s]; ok {
+		return t.name
+	}
+	return "unknown status"
+}
+
 // String returns the specification's words for s.
 func (s Status) String() string {
 	if t, ok := statusText[s]; ok {
@@ -469,17 +478,24 @@ func finishFrame(b []byte, start int) []byte {
 	return b
 }
 
-// appendAck appends the ACK of a NOTIFY, whose ids go back as they came.
-func appendAck(b []byte, flags uint32, ids, actions []byte) []byte {
+// appendAck appends the ACK of a NOTIFY, whose ids go back as they came, with the
+// actions one after the other.
+func appendAck(b []byte, flags uint32, ids []byte, actions ...[]byte) []byte {
 	const header = lengthSize + 1 + 4
-	start, size := len(b), header+len(ids)+len(actions)
+	start, size := len(b), header+len(ids)
+	for _, a := range actions {
+		size += len(a)
+	}
 	b = slices.Grow(b, size)[:start+size]
 	f := b[start:]
 	binary.BigEndian.PutUint32(f, uint32(size-lengthSize))
 	f[lengthSize] = frameAck
 	binary.BigEndian.PutUint32(f[lengthSize+1:], flags)
-	copy(f[header:], ids)
-	copy(f[header+len(ids):], actions)
+	f = f[header:]
+	f = f[copy(f, ids):]
+	for _, a := range actions {
+		f = f[copy(f, a):]
+	}
 	return b
 }
 
@@ -579,6 +595,115 @@ func (h *hello) parse(kind byte, payload []byte) error {
 		return fault(StatusBadFrameSize, "%d", h.frameSize)
 	}
 	return nil
+}
+
+// terms are what a side agrees to in its HELLO, or both sides do.
+type terms struct {
+	frameSize     int
+	pipelining    bool
+	async         bool
+	fragmentation bool
+}
+
+// negotiate returns what HAProxy's HELLO and an agent's own terms have in common
+// (SPOE.txt 3.2.4, 3.2.5). HAProxy does not offer fragmentation, yet uses it with
+// an agent that announces it. Without an engine-id async means nothing.
+func negotiate(h *hello, own terms) terms {
+	return terms{
+		frameSize:     min(int(min(h.frameSize, maxFrameSize)), own.frameSize),
+		pipelining:    own.pipelining && h.can("pipelining"),
+		async:         own.async && h.can("async") && h.engineID != "",
+		fragmentation: own.fragmentation,
+	}
+}
+
+// capabilities returns the comma list of t's capabilities.
+func (t terms) capabilities() string {
+	var names []string
+	if t.pipelining {
+		names = append(names, "pipelining")
+	}
+	if t.async {
+		names = append(names, "async")
+	}
+	if t.fragmentation {
+		names = append(names, "fragmentation")
+	}
+	return strings.Join(names, ",")
+}
+
+// hello returns the HELLO that f is, which must be the first frame of HAProxy's.
+func (f *frame) hello() (*hello, error) {
+	switch {
+	case f.kind != frameHAProxyHello:
+		return nil, fault(StatusInvalidFrame, "first frame is of type %d, want HELLO", f.kind)
+	case !f.fin():
+		return nil, fault(StatusNoFragmentation, "fragmented HELLO")
+	case f.stream != 0 || f.id != 0:
+		return nil, fault(StatusInvalidFrame, "HELLO with ids %d, %d", f.stream, f.id)
+	}
+	h := new(hello)
+	return h, h.parse(frameHAProxyHello, f.payload)
+}
+
+// assembler puts together the NOTIFYs of one connection that come in several
+// frames (SPOE.txt 3.3).
+type assembler struct {
+	max        int  // bytes of a NOTIFY; 0: fragmentation was not announced
+	open       bool // a NOTIFY is being put together
+	refused    bool // the last one was too long: its rest is dropped
+	stream, id uint64
+	buf        []byte
+}
+
+// assembly is what a fragment did.
+type assembly uint8
+
+const (
+	unfinished assembly = iota // more fragments must follow, or none: the NOTIFY was aborted
+	complete                   // the NOTIFY is whole
+	tooLong                    // the NOTIFY exceeds the limit: its end is to be told to HAProxy
+)
+
+// add adds a frame, which is a NOTIFY without FIN or one of type UNSET. A whole
+// payload is in the assembler's buffer; see swap.
+func (g *assembler) add(f *frame) (payload []byte, _ assembly, _ error) {
+	mine := f.stream == g.stream && f.id == g.id
+	switch {
+	case g.max == 0:
+		return nil, 0, fault(StatusNoFragmentation, "")
+	case g.open && (f.kind == frameNotify || !mine):
+		return nil, 0, fault(StatusInterlaced, "fragment of %d, %d within %d, %d", f.stream, f.id, g.stream, g.id)
+	case f.kind == frameNotify:
+		*g = assembler{max: g.max, open: true, stream: f.stream, id: f.id, buf: g.buf[:0]}
+	case g.refused && mine: // HAProxy had sent it before it was told
+		g.refused = !f.fin() && !f.abort()
+		return nil, unfinished, nil
+	case !g.open:
+		return nil, 0, fault(StatusFrameIDNotFound, "fragment of %d, %d without a beginning", f.stream, f.id)
+	}
+	if f.fin() || f.abort() {
+		g.open = false
+	}
+	switch {
+	case f.abort():
+		return nil, unfinished, nil
+	case len(g.buf)+len(f.payload) > g.max:
+		g.refused, g.open, g.buf = g.open, false, nil
+		return nil, tooLong, nil
+	}
+	g.buf = append(g.buf, f.payload...)
+	if f.fin() {
+		return g.buf, complete, nil
+	}
+	return nil, unfinished, nil
+}
+
+// swap returns the assembler's buffer, and gives it other memory instead.
+func (g *assembler) swap(buf []byte) []byte {
+	whole := g.buf
+	g.buf = buf[:0]
+	return whole
 }
 
 // speaksVersion2 tells whether a list of versions holds 2.0: whoever speaks 2.x

@@ -22,6 +22,7 @@ type options struct {
 	fragmentation  int
 	frameSize      int
 	rotation       int
+	maxConns       int
 	helloTimeout   time.Duration
 	idleTimeout    time.Duration
 	writeTimeout   time.Duration
@@ -39,6 +40,7 @@ func newOptions(opts []Option) *options {
 		workers:      256,
 		pipelining:   32,
 		frameSize:    defaultFrameSize,
+		maxConns:     defaultMaxConns,
 		helloTimeout: 10 * time.Second,
 		writeTimeout: 10 * time.Second,
 		logger:       log.NewNopLogger(),
@@ -55,6 +57,11 @@ func newOptions(opts []Option) *options {
 
 func (o *options) bad(format string, args ...any) {
 	o.errs = append(o.errs, fmt.Errorf("spoa: "+format, args...))
+}
+
+// terms returns what the agent's HELLO can agree to.
+func (o *options) terms() terms {
+	return terms{frameSize: o.frameSize, pipelining: o.pipelining > 1, async: o.async, fragmentation: o.fragmentation > 0}
 }
 
 func (o *options) err() error { return errors.Join(o.errs...) }
@@ -152,6 +159,20 @@ func WithMaxFrameSize(n int) Option {
 			o.bad("WithMaxFrameSize(%d): want at most %d", n, int64(maxFrameSize))
 		}
 		o.frameSize = n
+	}
+}
+
+const defaultMaxConns = 16384
+
+// WithMaxConns bounds how many connections the agent serves at once, on all
+// listeners together: 1 or more, 16384 by default. One more is closed at once;
+// its peer is sent an AGENT-DISCONNECT with StatusNoResources, unless another is
+// being told so at that moment. An idle connection takes about 10 KiB of memory;
+// a busy one up to its frame size and 64 KiB for reading and as much for ACKs.
+func WithMaxConns(n int) Option {
+	return func(o *options) {
+		atLeast(o, "WithMaxConns", n, 1)
+		o.maxConns = n
 	}
 }
 

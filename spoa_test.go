@@ -23,6 +23,7 @@ import (
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
+	"github.com/spoa-go/spoa/internal/drain"
 )
 
 // longWait bounds every wait of these tests. It is long, since nothing that
@@ -50,7 +51,7 @@ func running() []string {
 	return own
 }
 
-var ownCode = regexp.MustCompile(`/(spoa|worker|client)\.go:`)
+var ownCode = regexp.MustCompile(`/(spoa|conn|worker|client|outbox|siblings)\.go:`)
 
 // descriptors returns the number of open ones, 0 where it can't be told.
 func descriptors() int {
@@ -716,7 +717,7 @@ func TestShutdownIdle(t *testing.T) {
 		if err := a.Shutdown(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		wantTook(t, "Shutdown", start, quietTime, quietTime)
+		wantTook(t, "Shutdown", start, drain.QuietTime, drain.QuietTime)
 		for _, h := range append(hs, mute) {
 			if want, have := "shutting down", h.wantEnd(StatusNormal); want != have {
 				t.Errorf("want message %q, have %q", want, have)
@@ -789,7 +790,7 @@ func TestShutdownTwice(t *testing.T) {
 		if err := a.Shutdown(context.Background()); err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "four Shutdowns", start, quietTime, quietTime)
+		wantTook(t, "four Shutdowns", start, drain.QuietTime, drain.QuietTime)
 		h.wantEnd(StatusNormal)
 	})
 }
@@ -804,7 +805,7 @@ func TestShutdownAnswers(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- a.Shutdown(context.Background()) }()
 		for range 20 {
-			<-time.After(quietTime / 2)
+			<-time.After(drain.QuietTime / 2)
 			old.wantAnswers()
 			h := ln.dial(t)
 			h.hello()
@@ -818,7 +819,7 @@ func TestShutdownAnswers(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "the rest of the drain", start, quietTime, quietTime)
+		wantTook(t, "the rest of the drain", start, drain.QuietTime, drain.QuietTime)
 		old.wantEnd(StatusNormal)
 	})
 }
@@ -827,6 +828,10 @@ func TestShutdownAnswers(t *testing.T) {
 func TestShutdownAfterHealthChecks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
+		asks := ln.dial(t)
+		asks.hello()
+		asks.wantAnswers()
+		asks.nc.Close()
 		for i := range 3 {
 			if i > 0 {
 				<-time.After(500 * time.Millisecond)
@@ -866,7 +871,7 @@ func TestShutdownNearDeadline(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- a.Shutdown(ctx) }()
 		for range 37 {
-			<-time.After(quietTime / 2)
+			<-time.After(drain.QuietTime / 2)
 			h.wantAnswers()
 		}
 		<-time.After(19200*time.Millisecond - time.Since(start))
@@ -927,7 +932,7 @@ func TestShutdownListenerClosed(t *testing.T) {
 		go client(first, func(int) time.Duration { return tick })
 		go client(second, func(n int) time.Duration { // for want of a processor, say
 			if n%100 < 10 {
-				return partQuiet + partQuiet/2
+				return (20 * time.Millisecond) + (20*time.Millisecond)/2
 			}
 			return tick
 		})
@@ -935,15 +940,15 @@ func TestShutdownListenerClosed(t *testing.T) {
 		last := time.Since(start)
 		for range 2 {
 			end := <-ends
-			if end-last < partQuiet-tick { // their looks are out of step
-				t.Errorf("connections closed after %v and %v, want about %v in between", last, end, partQuiet)
+			if end-last < (20*time.Millisecond)-tick { // their looks are out of step
+				t.Errorf("connections closed after %v and %v, want about %v in between", last, end, (20 * time.Millisecond))
 			}
 			last = end
 		}
 		if err := <-shut; err != nil {
 			t.Error(err)
 		}
-		wantTook(t, "Shutdown", start, partQuiet, 2*time.Second)
+		wantTook(t, "Shutdown", start, (20 * time.Millisecond), 2*time.Second)
 		for range 4 {
 			if err := <-closed; err != nil {
 				t.Errorf("want a normal end, have %v", err)
@@ -989,13 +994,13 @@ func TestShutdownNeverQuiet(t *testing.T) {
 			for id := range sent {
 				sent[id] = time.Now()
 				h.send(notifyFrame(uint64(id), uint64(id)))
-				<-time.After(partQuiet / 2)
+				<-time.After((20 * time.Millisecond) / 2)
 			}
 		}()
 		held := 0
 		for id := range sent {
 			h.wantAck(uint64(id), uint64(id))
-			wantTook(t, "an answer", sent[id], 0, partFor+2*tick)
+			wantTook(t, "an answer", sent[id], 0, 50*time.Millisecond+2*tick)
 			if time.Since(sent[id]) > tick {
 				held++
 			}
@@ -1052,7 +1057,7 @@ func TestActor(t *testing.T) {
 		wantTook(t, "interrupt", start, 0, 0)
 		h.wantAnswers()
 		wantClosed(t, done)
-		wantTook(t, "execute", start, quietTime, quietTime)
+		wantTook(t, "execute", start, drain.QuietTime, drain.QuietTime)
 		h.wantEnd(StatusNormal)
 		interrupt(nil)
 	})
@@ -1988,8 +1993,8 @@ func TestWindow(t *testing.T) {
 					if have := len(g.entered); have != window {
 						t.Errorf("want %d calls, have %d", window, have)
 					}
-					if have := a.Conns()[0].InFlight; have != window {
-						t.Errorf("want %d in flight, have %d", window, have)
+					if want, have := window+1, a.Conns()[0].InFlight; want != have { // one waits to be begun
+						t.Errorf("want %d in flight, have %d", want, have)
 					}
 					if len(written) > 0 {
 						t.Error("want reading to stop, have all read")
@@ -2454,7 +2459,7 @@ func TestAsyncNobodyLeft(t *testing.T) {
 		synctest.Wait()
 		close(g.open)
 		other.wantNothing()
-		if have := lines.with("level=warn", "answer dropped", "engine=one"); len(have) != 1 {
+		if have := lines.with("level=warn", "answers dropped", "engine=one"); len(have) != 1 {
 			t.Errorf("want one line, have %q", have)
 		}
 	})
@@ -2623,23 +2628,6 @@ func TestAsyncHelloFirst(t *testing.T) {
 		resume <- struct{}{}
 		sibling.want(frameAgentHello)
 	})
-}
-
-// A frame of which a byte has left is not sent again.
-func TestWholeFrames(t *testing.T) {
-	one, two := notifyFrame(1, 1), notifyFrame(2, 2)
-	for n := range len(one) + len(two) + 1 {
-		want := ""
-		switch {
-		case n == 0:
-			want = one + two
-		case n <= len(one):
-			want = two
-		}
-		if have := string(wholeFrames([]byte(one+two), n)); want != have {
-			t.Errorf("%d bytes sent: want %q, have %q", n, want, have)
-		}
-	}
 }
 
 // The context of a handler ends some time after its peer has.

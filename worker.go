@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/go-kit/log/level"
+	"github.com/spoa-go/spoa/internal/outbox"
 )
 
 // Handler answers one kind of message.
@@ -79,21 +80,22 @@ func (f faultKind) String() string {
 }
 
 // job is a NOTIFY on its way from frame to ACK. It belongs to the goroutine
-// that runs its handlers, or to the queue of its lane; what the watch reads and
-// writes too is guarded by the lane's lock.
+// that runs its handlers, or to its queue; what the watch reads and writes too is
+// guarded by the queue's lock.
 type job struct {
 	notify
-	lane    *lane
+	queue   *queue
 	ids     []byte // of the frame, as they came
 	actions Actions
 	fault   faultKind
 	buf     []byte        // what ids and the views point to, unless it is the reader's buffer
 	arrived time.Duration // since the workers' epoch
 	work    func()        // bound once, so that `go j.work()` allocates nothing
-	message string        // that handler is of: the guess at who handles the next
+	message string        // the message that handler serves, cached: the next one mostly has the same name
 	handler Handler
+	size    int // bytes that it keeps in memory while it is with workers
 
-	// Guarded by lane.mu.
+	// Guarded by queue.mu.
 	prev, next *job
 	ctx        *deadline // with a handler timeout, once handlers run
 	started    time.Duration
@@ -103,23 +105,23 @@ type job struct {
 	warned     bool   // of being slow
 }
 
-const maxPooled = 64 << 10 // bytes of a buffer that is kept for later
+const maxPooled = 32 << 10 // bytes of a buffer that is kept for later
 
 // newJob returns a job that answers f. Its payload has yet to be decoded.
-func newJob(l *lane) *job {
-	j, _ := l.workers.jobs.Get().(*job)
+func newJob(q *queue) *job {
+	j, _ := q.workers.jobs.Get().(*job)
 	if j == nil {
 		j = new(job)
 		j.work = j.run
 	}
-	j.lane, j.engine = l, l.engine
+	j.queue, j.engine = q, q.engine
 	return j
 }
 
 // run is what a worker does.
 func (j *job) run() {
-	defer j.lane.complete(j) // deferred: a handler's runtime.Goexit is answered too
-	j.lane.workers.handle(j)
+	defer j.queue.complete(j) // deferred: a handler's runtime.Goexit is answered too
+	j.queue.workers.handle(j)
 }
 
 // begin makes j ready for the NOTIFY of f; ids are f's, or a copy.
@@ -128,11 +130,17 @@ func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 	j.arrived, j.started = arrived, arrived
 	j.fault, j.ctx, j.done = faultNone, nil, nil
 	j.finished, j.answered, j.warned = false, false, false
-	j.actions.buf, j.actions.max = j.actions.buf[:0], j.lane.ackSize-len(ids)
+	j.actions.buf, j.actions.max = j.actions.buf[:0], j.queue.ackSize-len(ids)
+}
+
+// shrink lets go of memory that is not used.
+func (j *job) shrink() {
+	j.release()
+	j.buf, j.actions.buf, j.ids = nil, nil, nil
 }
 
 func (j *job) recycle() {
-	w := j.lane.workers
+	w := j.queue.workers
 	j.release()
 	if cap(j.buf) > maxPooled {
 		j.buf = nil
@@ -140,7 +148,7 @@ func (j *job) recycle() {
 	if cap(j.actions.buf) > maxPooled {
 		j.actions.buf = nil
 	}
-	j.lane, j.ids, j.ctx, j.done = nil, nil, nil, nil
+	j.queue, j.ids, j.ctx, j.done = nil, nil, nil, nil
 	w.jobs.Put(j)
 }
 
@@ -171,58 +179,57 @@ func (q *jobList) remove(j *job) {
 	j.prev, j.next = nil, nil
 }
 
-// lane is a connection as the workers see it: its jobs, and how its answers
-// leave. The connection's current reader owns what mu does not guard.
-type lane struct {
+// queue is a connection as the workers see it: its NOTIFYs that wait for a
+// worker or are with one. The connection's current reader owns what no lock
+// guards.
+type queue struct {
 	workers *workers
+	box     *outbox.Box // for the answers
+	taker   taker       // the connection
 	ctx     context.Context
 	engine  string
 	ackSize int // what an ACK may hold besides its ids
 	pace    pace
-	call    atomic.Pointer[call] // of the current reader
-	hot     atomic.Bool          // in workers.hot
-
-	// ack appends an answer to what is to be sent, with mu held; flush sends
-	// it, unless somebody else is at it, without.
-	ack   func(j *job, actions, fault []byte)
-	flush func()
-
-	// handOver has a new goroutine read on from where the reader stands whose
-	// handler has stalled. With mu held.
-	handOver func()
+	turn    atomic.Pointer[turn] // of the current reader
+	watched atomic.Bool          // in workers.watched
 
 	mu      sync.Mutex
-	moved   sync.Cond // pending has sunk, or the connection is coming to its end
-	queued  jobList   // waiting for a worker
-	running jobList   // with workers, not with the reader
-	pending int       // jobs not answered yet, queued or running
-	gone    bool      // nobody is there to read an answer
+	waiting jobList // for a worker
+	running jobList // with workers, not with the reader
 
-	tokens int   // in workers.ring; guarded by workers.mu
-	after  *lane // likewise
+	tokens int // in workers.ring; this and after are guarded by workers.mu
+	after  *queue
 
-	seen   uint64 // the watch: the call seen last,
+	seen   uint64 // the turn's seq at the watch's last look; this and seenAt are the watch's
 	seenAt time.Duration
 }
 
-// call is a reader's handler call as the watch sees it. The number is odd while
-// a handler runs; who changes it from there owns the connection's reading: the
-// reader when the handler returned, the watch when that took too long.
-type call struct {
+// taker is a connection whose reader can be replaced.
+type taker interface {
+	// handOver makes a new goroutine read on from where the reader stands. The
+	// caller must have taken the reader's turn.
+	handOver()
+}
+
+// turn is a reader's handler call as the watch sees it. Seq is odd while a
+// handler runs. Whoever changes it from an odd value owns the connection's
+// reading from then on: the reader when the handler has returned, the watch when
+// that takes too long.
+type turn struct {
 	seq atomic.Uint64
 	job *job
 }
 
-const callTaken = 1 << 63 // even: the watch leaves it alone
+const turnTaken = 1 << 63 // even: the watch leaves it alone
 
-func (c *call) begin() { c.seq.Store(c.seq.Load() + 1) }
+func (t *turn) begin() { t.seq.Store(t.seq.Load() + 1) }
 
-func (c *call) running() bool { return c.seq.Load()&1 == 1 }
+func (t *turn) running() bool { return t.seq.Load()&1 == 1 }
 
-// end tells whether the connection is still the reader's.
-func (c *call) end() bool {
-	s := c.seq.Load()
-	return s&1 == 1 && c.seq.CompareAndSwap(s, s+1)
+// end reports whether the connection is still the reader's.
+func (t *turn) end() bool {
+	s := t.seq.Load()
+	return s&1 == 1 && t.seq.CompareAndSwap(s, s+1)
 }
 
 // pace decides where the handlers of a connection run.
@@ -293,24 +300,24 @@ func (p *pace) stalled() {
 // workers runs the handlers of an agent.
 type workers struct {
 	*options
-	epoch time.Time
-	limit limiter
+	epoch    time.Time
+	limit    limiter
+	inFlight outbox.Total
 
 	jobs    sync.Pool    // of *job
-	free    atomic.Int64 // handlers that may still be begun
-	_       [56]byte     // free changes with every batch, waiting is read with every call
-	waiting atomic.Int64 // jobs queued, or a little more
+	permits atomic.Int64 // handlers that may still be begun
+	_       [56]byte     // permits changes with every batch, waiting is read with every call
+	waiting atomic.Int64 // jobs that wait for a permit, or a little more
 	busy    atomic.Bool  // see watch
 
 	mu          sync.Mutex
-	first, last *lane // ring of the lanes with jobs queued, next first
+	first, last *queue // ring of the queues with jobs that wait, next first
 
 	watchMu  sync.Mutex
-	hot      []*lane // that have, or had a moment ago, handlers running
-	watching bool    // timer is to call watch, or has
+	watched  []*queue // that have, or had a moment ago, handlers running
+	watching bool     // timer is to call watch, or has
 	timer    *time.Timer
-	looked   []*lane // watch's own
-	outward  int     // likewise: ticks since a reader was seen with a handler to run
+	looked   []*queue // watch's own
 
 	unknownMu sync.Mutex
 	unknown   map[string]bool // names that nobody handles, warned of
@@ -319,7 +326,7 @@ type workers struct {
 func newWorkers(o *options) *workers {
 	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool)}
 	w.limit.now = w.clock
-	w.free.Store(int64(o.workers))
+	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
 	w.timer.Stop()
 	return w
@@ -328,89 +335,91 @@ func newWorkers(o *options) *workers {
 // clock is the time since the epoch: monotonic, and half the price of time.Now.
 func (w *workers) clock() time.Duration { return time.Since(w.epoch) }
 
-// acquire gets leave to run a handler, unless others wait for it.
+// acquire takes a permit to run a handler, unless others wait for one.
 func (w *workers) acquire() bool { return w.waiting.Load() == 0 && w.take() }
 
 func (w *workers) take() bool {
 	for {
-		n := w.free.Load()
+		n := w.permits.Load()
 		if n <= 0 {
 			return false
 		}
-		if w.free.CompareAndSwap(n, n-1) {
+		if w.permits.CompareAndSwap(n, n-1) {
 			return true
 		}
 	}
 }
 
-// release gives leave back, and on to who waits for it.
+// release returns a permit, for which others may wait.
 func (w *workers) release() {
-	w.free.Add(1)
+	w.permits.Add(1)
 	w.dispatch()
 }
 
-// dispatch starts queued jobs while there is leave. Whoever queues a job or
-// gives leave back calls it afterwards, so that one of them sees both.
+// dispatch starts waiting jobs while there are permits. Whoever adds a job or
+// returns a permit calls it afterwards, so that one of them sees both.
 func (w *workers) dispatch() {
 	for w.waiting.Load() > 0 && w.take() {
 		if j := w.nextJob(); j != nil {
 			go j.work()
 		} else {
-			w.free.Add(1)
+			w.permits.Add(1)
 		}
 	}
 }
 
-// nextJob takes a queued job, from each lane in turn.
+// nextJob takes a waiting job, from each queue in turn.
 func (w *workers) nextJob() *job {
 	for {
 		w.mu.Lock()
-		l := w.first
-		if l == nil {
+		q := w.first
+		if q == nil {
 			w.mu.Unlock()
 			return nil
 		}
 		w.waiting.Add(-1)
-		w.first, l.after = l.after, nil
-		if l.tokens--; l.tokens > 0 {
-			w.pushLane(l)
+		w.first, q.after = q.after, nil
+		if q.tokens--; q.tokens > 0 {
+			w.pushQueue(q)
 		}
 		w.mu.Unlock()
-		if j := l.dequeue(); j != nil {
+		if j := q.dequeue(); j != nil {
 			return j
 		}
 	}
 }
 
-func (w *workers) pushLane(l *lane) {
+// pushQueue adds q to the ring. The caller must hold mu.
+func (w *workers) pushQueue(q *queue) {
 	if w.first == nil {
-		w.first = l
+		w.first = q
 	} else {
-		w.last.after = l
+		w.last.after = q
 	}
-	w.last = l
+	w.last = q
 }
 
-// spread gives j, which is decoded, to a worker now or later.
+// spread gives j, which is decoded and owns its memory, to a worker now or later.
 func (w *workers) spread(j *job) {
-	l := j.lane
+	q := j.queue
+	j.size = cap(j.buf)
+	q.box.Begin(j.size)
 	now := w.acquire()
-	l.mu.Lock()
-	l.pending++
+	q.mu.Lock()
 	if now {
-		l.running.push(j)
+		q.running.push(j)
 	} else {
-		l.queued.push(j)
+		q.waiting.push(j)
 	}
-	l.mu.Unlock()
-	w.heat(l)
+	q.mu.Unlock()
+	w.watchQueue(q)
 	if now {
 		go j.work()
 		return
 	}
 	w.mu.Lock()
-	if l.tokens++; l.tokens == 1 {
-		w.pushLane(l)
+	if q.tokens++; q.tokens == 1 {
+		w.pushQueue(q)
 	}
 	w.waiting.Add(1)
 	w.mu.Unlock()
@@ -421,53 +430,61 @@ func (w *workers) spread(j *job) {
 // handler timeout are answered instead. When the oldest has waited for half of
 // it, the newest is taken: in an overload the oldest would be late anyway, and
 // taking them in their order would make every one late.
-func (l *lane) dequeue() *job {
-	now, limit := l.workers.clock(), l.workers.handlerTimeout
-	l.mu.Lock()
-	shed := l.shed(now)
-	j := l.queued.head
+func (q *queue) dequeue() *job {
+	now, limit := q.workers.clock(), q.workers.handlerTimeout
+	q.mu.Lock()
+	shed := q.shed(now)
+	j := q.waiting.head
 	if j != nil {
 		if limit > 0 && now-j.arrived > limit/2 {
-			j = l.queued.tail
+			j = q.waiting.tail
 		}
-		l.queued.remove(j)
-		l.running.push(j)
+		q.waiting.remove(j)
+		q.running.push(j)
 		j.started = now
 	}
-	l.mu.Unlock()
+	q.mu.Unlock()
 	if shed != nil {
-		go l.overloaded(shed)
+		go q.overloaded(shed)
 	}
 	return j
 }
 
-// shed answers the queued jobs that have waited for too long. With mu held;
-// what it returns goes to overloaded without.
-func (l *lane) shed(now time.Duration) []*job {
-	limit := l.workers.handlerTimeout
+// shed takes the jobs that have waited for too long. The caller must hold mu, and
+// pass them to overloaded after releasing it.
+func (q *queue) shed(now time.Duration) []*job {
+	limit := q.workers.handlerTimeout
 	if limit == 0 {
 		return nil
 	}
 	var shed []*job
-	for j := l.queued.head; j != nil && now-j.arrived >= limit; j = l.queued.head {
-		l.queued.remove(j)
-		l.pending--
-		l.ack(j, nil, l.workers.faultVars[faultOverload])
+	for j := q.waiting.head; j != nil && now-j.arrived >= limit; j = q.waiting.head {
+		q.waiting.remove(j)
 		shed = append(shed, j)
 	}
 	return shed
 }
 
-// overloaded sends the answers to shed jobs, and tells of them.
-func (l *lane) overloaded(shed []*job) {
-	l.flush()
+// overloaded answers the jobs that shed returned.
+func (q *queue) overloaded(shed []*job) {
 	for _, j := range shed {
-		l.workers.overloaded(j)
+		q.answer(j, nil, faultOverload)
+	}
+	q.box.Flush()
+	for _, j := range shed {
+		q.workers.overloaded(j)
 		j.recycle()
 	}
 }
 
-// overloaded tells that j's messages were not handled for want of time.
+// answer adds j's answer to the outbox.
+func (q *queue) answer(j *job, actions []byte, f faultKind) {
+	q.box.Answer(j.size, func(b []byte) []byte {
+		return appendAck(b, flagFIN, j.ids, actions, q.workers.faultVars[f])
+	})
+}
+
+// overloaded reports that j's messages were not handled for want of time.
 func (w *workers) overloaded(j *job) {
 	for j.nextMessage() {
 		w.handled(&j.current, 0, ErrOverload)
@@ -477,23 +494,33 @@ func (w *workers) overloaded(j *job) {
 	}
 }
 
-// complete answers a job of the running.
-func (l *lane) complete(j *job) {
-	w := l.workers
-	l.mu.Lock()
-	l.running.remove(j)
+// complete answers a job of the running ones, and returns its permit.
+func (q *queue) complete(j *job) {
+	w := q.workers
+	q.mu.Lock()
+	q.running.remove(j)
 	late := j.answered
+	q.mu.Unlock()
 	if !late {
-		l.pending--
-		l.ack(j, j.actions.buf, w.faultVars[j.fault])
+		q.answer(j, j.actions.buf, j.fault)
 	}
-	l.mu.Unlock()
 	j.recycle()
-	// Sending may block, so not while others wait for the worker.
+	// Sending may block, so not while others wait for the permit.
 	w.release()
 	if !late {
-		l.flush()
+		q.box.Flush()
 	}
+}
+
+// exited answers the NOTIFY whose handler, called by rd, has called
+// runtime.Goexit.
+func (q *queue) exited(rd *reader) {
+	q.mu.Lock()
+	if rd.turn.running() { // else the connection has gone to another reader
+		q.takeOver(&rd.turn, rd.turn.seq.Load())
+	}
+	q.mu.Unlock()
+	q.complete(rd.job)
 }
 
 // handle runs the handlers of j's messages in their order.
@@ -503,12 +530,12 @@ func (w *workers) handle(j *job) {
 		return
 	}
 	for j.nextMessage() {
-		w.message(j.lane.ctx, j)
+		w.message(j.queue.ctx, j)
 	}
 }
 
 func (w *workers) handleInTime(j *job) {
-	ctx := &deadline{Context: j.lane.ctx, at: w.epoch.Add(j.arrived + w.handlerTimeout)}
+	ctx := &deadline{Context: j.queue.ctx, at: w.epoch.Add(j.arrived + w.handlerTimeout)}
 	defer ctx.cancel(context.Canceled)
 	if !j.start(ctx) {
 		j.fault = faultOverload
@@ -524,11 +551,12 @@ func (w *workers) handleInTime(j *job) {
 	}
 }
 
-// start has the watch cancel ctx when j is late, unless it is already.
+// start makes the watch cancel ctx when j is late, unless it is already, which it
+// reports.
 func (j *job) start(ctx *deadline) bool {
-	w := j.lane.workers
-	j.lane.mu.Lock()
-	defer j.lane.mu.Unlock()
+	w := j.queue.workers
+	j.queue.mu.Lock()
+	defer j.queue.mu.Unlock()
 	if j.answered || w.clock()-j.arrived >= w.handlerTimeout {
 		return false
 	}
@@ -536,18 +564,18 @@ func (j *job) start(ctx *deadline) bool {
 	return true
 }
 
-// late tells whether j has been answered, since its time is over.
+// late reports whether j has been answered, since its time is over.
 func (j *job) late() bool {
-	j.lane.mu.Lock()
-	defer j.lane.mu.Unlock()
+	j.queue.mu.Lock()
+	defer j.queue.mu.Unlock()
 	return j.answered
 }
 
 // commit makes the actions of j's messages up to the current one final: they are
 // sent even if a later message is late. It reports whether there was still time.
 func (j *job) commit() bool {
-	j.lane.mu.Lock()
-	defer j.lane.mu.Unlock()
+	j.queue.mu.Lock()
+	defer j.queue.mu.Unlock()
 	j.done = j.actions.buf
 	j.finished = j.left == 0
 	return !j.answered
@@ -618,6 +646,15 @@ func (w *workers) handled(m *Message, took time.Duration, err error) {
 	}
 }
 
+// logKind returns the kind of log line about a message, of which there are as
+// many as handlers: a peer can invent names.
+func (w *workers) logKind(m *Message) string {
+	if _, ok := w.handlers[m.name]; ok {
+		return "handler " + m.name
+	}
+	return "handler"
+}
+
 // failed notes and logs that a handler failed.
 func (w *workers) failed(j *job, m *Message, err error) {
 	kind := faultError
@@ -630,13 +667,13 @@ func (w *workers) failed(j *job, m *Message, err error) {
 	if j.fault == faultNone {
 		j.fault = kind
 	}
-	n, ok := w.limit.allow("handler " + m.name)
+	n, ok := w.limit.allow(w.logKind(m))
 	switch {
 	case !ok:
 	case p != nil:
-		level.Error(w.logger).Log("msg", "handler panicked", "message", m.name, "err", err, "suppressed", n, "stack", p.Stack)
+		level.Error(w.logger).Log("msg", "handler panicked", "message", clip(m.name), "err", err, "suppressed", n, "stack", p.Stack)
 	default:
-		level.Warn(w.logger).Log("msg", "handler failed", "message", m.name, "err", err, "suppressed", n)
+		level.Warn(w.logger).Log("msg", "handler failed", "message", clip(m.name), "err", err, "suppressed", n)
 	}
 }
 
@@ -651,23 +688,23 @@ func (w *workers) noHandler(m *Message) {
 	}
 	w.unknownMu.Unlock()
 	if warn {
-		level.Warn(w.logger).Log("msg", "no handler for this message", "message", m.name,
+		level.Warn(w.logger).Log("msg", "no handler for this message", "message", clip(m.name),
 			"handled", strings.Join(slices.Sorted(maps.Keys(w.handlers)), ","))
 	}
 }
 
-// heat has the watch look at l, whose handlers are about to run. It is short to
-// be inlined.
-func (w *workers) heat(l *lane) {
-	if !l.hot.Load() {
-		w.addHot(l)
+// watchQueue makes the watch look at q, whose handlers are about to run. It is
+// short to be inlined.
+func (w *workers) watchQueue(q *queue) {
+	if !q.watched.Load() {
+		w.addWatched(q)
 	}
 }
 
-func (w *workers) addHot(l *lane) {
+func (w *workers) addWatched(q *queue) {
 	w.watchMu.Lock()
-	if !l.hot.Swap(true) {
-		w.hot = append(w.hot, l)
+	if !q.watched.Swap(true) {
+		w.watched = append(w.watched, q)
 		if !w.watching {
 			w.watching = true
 			w.timer.Reset(tick)
@@ -678,140 +715,154 @@ func (w *workers) addHot(l *lane) {
 
 const (
 	tick       = time.Millisecond
-	coarseTick = 8 * time.Millisecond
-	fineTicks  = 32          // without an inline call, then the tick is coarse
-	busyLanes  = 3           // with a call at the last look or since,
+	busyQueues = 3           // with a call at the last look or since,
 	busyCalls  = 32          // and so many of them inline since then
 	slowWarn   = time.Second // a handler that takes longer is warned of
 )
 
-// watch looks at the lanes whose handlers run: it takes connections away from
+// watch looks at the queues whose handlers run: it takes connections away from
 // stalled readers, answers what is late, and warns of slow handlers. It runs
-// every tick while there are such lanes, and less often while none of their
-// readers has a handler to run and nothing can be late.
+// every tick while there are such queues.
 //
 // It also tells readers when they are many and have much to do. Then those whose
 // NOTIFYs come several at a time let others run before they read again: meanwhile
-// something has come, mostly, so that neither a read that brings nothing nor a
-// wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
+// more has been received, mostly, so that neither a read that brings nothing nor
+// a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
 // in flight), but adds as much where nobody else has anything to do.
 func (w *workers) watch() {
 	now := w.clock()
 	w.watchMu.Lock()
-	w.looked, w.hot = w.hot, w.looked[:0]
+	w.looked, w.watched = w.watched, w.looked[:0]
 	w.watchMu.Unlock()
 	kept := w.looked[:0]
-	w.outward++
 	calls := uint64(0)
-	for _, l := range w.looked {
-		inline, busy, n := l.look(now)
+	for _, q := range w.looked {
+		active, n := q.look(now)
 		calls += n
-		if inline {
-			w.outward = 0
-		}
-		if inline || busy || l.stillHot() {
-			kept = append(kept, l)
+		if active || q.keepWatching() {
+			kept = append(kept, q)
 		}
 	}
-	if busy := len(w.looked) >= busyLanes && calls >= busyCalls; busy != w.busy.Load() {
+	if busy := len(w.looked) >= busyQueues && calls >= busyCalls; busy != w.busy.Load() {
 		w.busy.Store(busy)
 	}
-	next := tick
-	if w.outward > fineTicks && w.handlerTimeout == 0 {
-		next = coarseTick
-	}
 	w.watchMu.Lock()
-	w.hot = append(w.hot, kept...)
+	w.watched = append(w.watched, kept...)
 	clear(w.looked)
-	if w.watching = len(w.hot) > 0; w.watching {
-		w.timer.Reset(next)
+	if w.watching = len(w.watched) > 0; w.watching {
+		w.timer.Reset(tick)
 	}
 	w.watchMu.Unlock()
 }
 
-// stillHot takes l out of the watch, unless a handler was begun since it was
-// looked at, by somebody who still saw it in.
-func (l *lane) stillHot() bool {
-	l.hot.Store(false)
-	l.mu.Lock()
-	busy := l.running.head != nil || l.queued.head != nil
-	l.mu.Unlock()
-	return (busy || l.call.Load().running()) && l.hot.CompareAndSwap(false, true)
+// keepWatching removes q from the watch and reports false, unless a handler was
+// started since it was looked at, by a goroutine that still saw watched set.
+func (q *queue) keepWatching() bool {
+	q.watched.Store(false)
+	q.mu.Lock()
+	busy := q.running.head != nil || q.waiting.head != nil
+	q.mu.Unlock()
+	return (busy || q.turn.Load().running()) && q.watched.CompareAndSwap(false, true)
 }
 
-// look does the watch's work on one lane, and tells whether its reader runs a
-// handler, whether others do, and how many the reader has run since the last look.
-func (l *lane) look(now time.Duration) (inline, busy bool, calls uint64) {
-	l.mu.Lock()
-	c := l.call.Load()
-	s := c.seq.Load()
-	inline = s&1 == 1
+// look does the watch's work on one queue. It reports whether handlers run or
+// wait to be run, and how many the reader has called since the last look.
+func (q *queue) look(now time.Duration) (active bool, calls uint64) {
+	q.mu.Lock()
+	t := q.turn.Load()
+	s := t.seq.Load()
+	inline := s&1 == 1
 	switch {
-	case s != l.seen:
-		calls = (s - l.seen + 1) / 2
-		l.seen, l.seenAt = s, now
+	case s != q.seen:
+		calls = (s - q.seen + 1) / 2
+		q.seen, q.seenAt = s, now
 	case !inline:
-	case now-l.seenAt >= stallAfter*9/10:
-		l.takeOver(c, s)
+	case now-q.seenAt >= stallAfter*9/10:
+		q.takeOver(t, s)
 	}
-	var shed, slow []*job
+	var shed []*job
+	var slow []string
 	late := false
-	if l.running.head != nil || l.queued.head != nil {
-		shed = l.shed(now)
-		late, slow = l.overdue(now)
+	if q.running.head != nil || q.waiting.head != nil {
+		shed = q.shed(now)
+		late = q.overdue(now)
+		slow = q.slow(now)
 	}
-	busy = l.running.head != nil || l.queued.head != nil
-	var names []string
-	for _, j := range slow {
-		names = slices.AppendSeq(names, j.names())
-	}
-	l.mu.Unlock()
+	active = inline || q.running.head != nil || q.waiting.head != nil
+	q.mu.Unlock()
 	if shed != nil || late {
 		// In a goroutine of its own, since a peer that does not read blocks it.
-		go l.overloaded(shed)
+		go q.overloaded(shed)
 	}
-	for _, name := range names {
-		if n, ok := l.workers.limit.allow("slow " + name); ok {
-			level.Warn(l.workers.logger).Log("msg", "slow handler", "message", name, "running", slowWarn, "suppressed", n)
-		}
+	if slow != nil {
+		q.workers.warnSlow(slow)
 	}
-	return inline, busy, calls
+	return active, calls
 }
 
-// takeOver takes the connection's reading from call s, unless that has ended,
-// and leaves it the NOTIFY. With mu held.
-func (l *lane) takeOver(c *call, s uint64) {
-	if !c.seq.CompareAndSwap(s, callTaken) {
+// takeOver takes the connection's reading from the turn at s, unless that has
+// ended, and leaves it the NOTIFY. The caller must hold mu.
+func (q *queue) takeOver(t *turn, s uint64) {
+	if !t.seq.CompareAndSwap(s, turnTaken) {
 		return
 	}
-	l.seen = 0
-	l.pending++
-	l.running.push(c.job)
-	l.pace.stalled()
-	l.handOver()
+	q.seen = 0
+	t.job.size = len(t.job.payload)
+	q.box.Begin(t.job.size)
+	q.running.push(t.job)
+	q.pace.stalled()
+	q.taker.handOver()
 }
 
-// overdue answers the running jobs that are late, and returns those that have
-// just become slow. With mu held.
-func (l *lane) overdue(now time.Duration) (late bool, slow []*job) {
-	limit := l.workers.handlerTimeout
-	for j := l.running.head; j != nil; j = j.next {
-		if limit > 0 && !j.finished && !j.answered && now-j.arrived >= limit {
-			j.answered, late = true, true
-			kind := faultOverload // its goroutine has not come so far as to call a handler
-			if j.ctx != nil {
-				kind = faultTimeout
-				j.ctx.cancel(context.DeadlineExceeded)
-			}
-			l.pending--
-			l.ack(j, j.done, l.workers.faultVars[kind])
+// overdue answers the running jobs that are late, and reports whether there are
+// any. The caller must hold mu.
+func (q *queue) overdue(now time.Duration) (late bool) {
+	limit := q.workers.handlerTimeout
+	if limit == 0 {
+		return false
+	}
+	for j := q.running.head; j != nil; j = j.next {
+		if j.finished || j.answered || now-j.arrived < limit {
+			continue
 		}
-		if !j.warned && now-j.started >= slowWarn {
-			j.warned = true
-			slow = append(slow, j)
+		j.answered, late = true, true
+		kind := faultOverload // its goroutine has not come so far as to call a handler
+		if j.ctx != nil {
+			kind = faultTimeout
+			j.ctx.cancel(context.DeadlineExceeded)
+		}
+		q.answer(j, j.done, kind)
+	}
+	return late
+}
+
+// slow returns the messages of the running jobs that have just become slow, a
+// few of each NOTIFY. The caller must hold mu.
+func (q *queue) slow(now time.Duration) (messages []string) {
+	for j := q.running.head; j != nil; j = j.next {
+		if j.warned || now-j.started < slowWarn {
+			continue
+		}
+		j.warned = true
+		n := 0
+		for name := range j.names() {
+			if n++; n > maxSlow {
+				break
+			}
+			messages = append(messages, name)
 		}
 	}
-	return late, slow
+	return messages
+}
+
+const maxSlow = 4 // messages of a slow NOTIFY that are named
+
+// warnSlow logs that a handler is slow. It cannot know which of the messages it
+// is at.
+func (w *workers) warnSlow(messages []string) {
+	if n, ok := w.limit.allow("slow"); ok {
+		level.Warn(w.logger).Log("msg", "slow handler", "message", clip(strings.Join(messages, ",")), "running", slowWarn, "suppressed", n)
+	}
 }
 
 // deadline is the context of a NOTIFY under WithHandlerTimeout. It needs no
@@ -868,6 +919,7 @@ func (d *deadline) cancel(err error) {
 }
 
 // limiter lets a kind of log line through once a second, and counts the others.
+// The kinds are a fixed set, which no peer can add to.
 type limiter struct {
 	now   func() time.Duration
 	mu    sync.Mutex
@@ -885,7 +937,7 @@ func (l *limiter) allow(kind string) (suppressed int, ok bool) {
 	defer l.mu.Unlock()
 	k := l.kinds[kind]
 	if k == nil {
-		if l.kinds == nil || len(l.kinds) > 1000 { // kinds hold names that a peer can invent
+		if l.kinds == nil {
 			l.kinds = make(map[string]*limited)
 		}
 		k = new(limited)

@@ -1,0 +1,296 @@
+// Package drain decides when the connections of an agent that is to end can be
+// closed without the loss of a request.
+//
+// It is a pure state machine: it knows no clock, lock, goroutine or I/O. Its
+// caller shows each HAProxy's connections to a [Host], as often as that asks
+// for, and carries out the verdicts.
+//
+// # Rules
+//
+// HAProxy loses what it has sent on a connection that is being closed, so a
+// connection may be closed only while HAProxy is not about to send on it. What
+// that takes depends on how HAProxy learns of the end:
+//
+//   - Early: while HAProxy has not missed enough health checks, every connection
+//     is kept, since new requests still come.
+//   - Idle: a HAProxy that sends no health checks does not learn of the end. Each
+//     of its connections is parted when nothing was in flight on it for
+//     QuietTime, which is longer than HAProxy takes from choosing a connection
+//     to using it.
+//   - Hold: HAProxy up to 3.0 goes on using its connections to a server that is
+//     down. So the answers on all of its connections are held back for up to
+//     holdFor: who has no answer sends nothing.
+//   - Ready: a connection is ready to be parted when all of its NOTIFYs have an
+//     answer, held or sent, no frame is half there, and it is quiet: idle for
+//     QuietTime, or with as many NOTIFYs waiting as HAProxy allows itself
+//     (window), or without a new one for quiet and quietLooks looks.
+//   - Together: connections are parted only while all of the host are ready, and
+//     as many NOTIFYs wait as in the fullest of the last rounds. On a busy
+//     machine silence alone proves little: HAProxy may not have been scheduled.
+//   - One by one: those without answers are parted first, at once. Then one that
+//     has answers: they leave in one Write with the AGENT-DISCONNECT, which
+//     HAProxy handles before it sends anything. Whoever these answers reach asks
+//     again, perhaps on another connection; so the others must be quiet anew.
+//   - Release: when the hold is over all held answers leave, and the next round
+//     begins after pause.
+//   - Bold: after patience rounds without success, and when little time is left,
+//     connections that are ready are parted though others are not, some in each
+//     round, before the answers of the others are released.
+//   - Last: at Until every connection is parted, whatever is in flight.
+package drain
+
+import (
+	"math"
+	"slices"
+	"time"
+)
+
+// QuietTime is how long a connection must be without a NOTIFY to count as idle.
+const QuietTime = time.Second
+
+// Never is later than any time.
+const Never = time.Duration(math.MaxInt64)
+
+const (
+	holdFor    = 50 * time.Millisecond  // longest time that an answer is held back
+	pause      = 100 * time.Millisecond // between the rounds of holding
+	quiet      = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
+	quietNew   = 40 * time.Millisecond  // likewise on a connection without a NOTIFY, which HAProxy opened to send one
+	quietLooks = 5                      // looks in that time, since a process that has not run has seen nothing
+	window     = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
+	compared   = 3                      // rounds whose waiting NOTIFYs are compared
+	patience   = 20                     // rounds before a host's connections are parted one without the others
+	boldAfter  = 30 * time.Millisecond  // of a hold: answers of the others must still be held
+	boldParts  = 10                     // a bold round parts one in so many of those with answers
+	idleLook   = 20 * time.Millisecond  // least time between two looks for idle connections
+	slowLook   = QuietTime / 4          // between looks at a connection with something in flight
+)
+
+// Verdict is what is to be done with a connection.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Keep    Verdict = iota // nothing changes
+	Hold                   // hold back its answers from now on
+	Release                // send what is held, and hold back no more
+	Part                   // send what is held, then the AGENT-DISCONNECT, and read no more
+)
+
+func (v Verdict) String() string {
+	return [...]string{"keep", "hold", "release", "part"}[v]
+}
+
+// Look is what a connection looks like at one moment. Times are those of the
+// caller's clock.
+type Look struct {
+	Agreed   bool          // the HELLOs have been exchanged
+	Notifies uint64        // received
+	Answered uint64        // of these, how many have an answer, sent or held
+	Partial  bool          // a frame, or a fragmented NOTIFY, is half there
+	LastUsed time.Duration // when something was last received
+}
+
+// Conn is a connection. The caller sets its Look before each Step, which sets
+// its Verdict. The rest belongs to the Host.
+type Conn struct {
+	Look
+	Verdict Verdict
+
+	held  bool
+	ready bool
+	base  uint64        // Answered when the hold began
+	seen  uint64        // Notifies at the last look
+	since time.Duration // when Notifies last changed
+	looks int           // since then
+}
+
+func (c *Conn) idle(now time.Duration) bool {
+	return c.Notifies == c.Answered && now-c.LastUsed >= QuietTime
+}
+
+// Host is the connections of one HAProxy on one listener. The caller may change
+// the exported fields between steps.
+type Host struct {
+	From   time.Duration // nothing is parted before
+	Rounds bool          // HAProxy learns of the end by its health checks, or from another process on the same listener
+	Until  time.Duration // everything is parted then; 0: no such time
+
+	holding bool
+	began   time.Duration // of the hold
+	bold    bool          // this hold has parted some that were ready
+	retry   time.Duration // when to hold again
+	rounds  int           // that are over
+	most    [compared]uint64
+}
+
+// Step decides what is to be done with each of the host's connections. It
+// returns when it wants to look again, Never if it has no more to decide.
+func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
+	for _, c := range conns {
+		c.Verdict = Keep
+	}
+	last := h.Until
+	if last == 0 {
+		last = Never
+	}
+	switch {
+	case now >= last:
+		for _, c := range conns {
+			c.Verdict = Part
+		}
+		return Never
+	case now < h.From:
+		return min(h.From, last)
+	case !h.Rounds:
+		return min(h.partIdle(now, conns), last)
+	case now < h.retry && h.Until == 0:
+		return h.retry
+	}
+	return min(h.round(now, conns), last)
+}
+
+// partIdle parts each connection that is idle.
+func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
+	next = Never
+	for _, c := range conns {
+		switch {
+		case c.idle(now):
+			c.Verdict = Part
+		case c.Notifies != c.Answered:
+			next = min(next, now+slowLook)
+		default:
+			next = min(next, c.LastUsed+QuietTime)
+		}
+	}
+	return max(next, now+idleLook)
+}
+
+// round is one look of a round of holding.
+func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
+	if !h.holding {
+		h.holding, h.bold, h.began = true, false, now
+	}
+	all := true               // the connections in use are ready
+	full, still := true, true // as many wait on each as HAProxy allows; each is idle
+	waiting := uint64(0)
+	for _, c := range conns {
+		if !c.Agreed {
+			if c.ready = c.idle(now); c.ready {
+				c.Verdict = Part
+			}
+			continue
+		}
+		c.look(now)
+		if !c.ready && c.Notifies == 0 {
+			continue // it has never been used
+		}
+		n := c.Notifies - c.base
+		waiting += n
+		all = all && c.ready
+		full = full && n >= window
+		still = still && c.idle(now)
+	}
+	switch enough := h.asMany(waiting) || full || still; {
+	case all && enough:
+		part(now, conns)
+	case now-h.began >= holdFor:
+		h.release(now, conns)
+		return h.retry
+	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patience || h.Until > 0):
+		h.bold = true
+		h.partReady(conns)
+	}
+	return now + tick(len(conns))
+}
+
+// look holds back the connection's answers, if it does not yet, and judges
+// whether it is ready to be parted.
+func (c *Conn) look(now time.Duration) {
+	switch {
+	case !c.held:
+		c.held, c.Verdict, c.base = true, Hold, c.Answered
+		c.seen, c.since, c.looks = c.Notifies, now, 0
+	case c.seen != c.Notifies:
+		c.seen, c.since, c.looks = c.Notifies, now, 0
+	default:
+		c.looks++
+	}
+	least := quiet
+	if c.Notifies == 0 {
+		least = quietNew
+	}
+	isQuiet := c.idle(now) || c.Notifies-c.base >= window || now-c.since >= least && c.looks >= quietLooks
+	half := c.Partial && now-c.LastUsed < QuietTime
+	c.ready = isQuiet && c.Notifies == c.Answered && !half
+}
+
+// asMany reports whether n NOTIFYs waiting are as many as in any of the last
+// rounds.
+func (h *Host) asMany(n uint64) bool {
+	m := &h.most[h.rounds%compared]
+	*m = max(*m, n)
+	return h.rounds >= compared-1 && n >= slices.Max(h.most[:])
+}
+
+// part parts the ready connections that have no answers, or else one that has.
+// The others must be quiet anew.
+func part(now time.Duration, conns []*Conn) {
+	var last *Conn
+	parted := false
+	for _, c := range conns {
+		switch {
+		case !c.ready:
+		case c.Answered == c.base:
+			c.Verdict, parted = Part, true
+		default:
+			last = c
+		}
+	}
+	if !parted && last != nil {
+		last.Verdict = Part
+	}
+	for _, c := range conns {
+		c.since, c.looks = now, 0
+	}
+}
+
+// partReady parts the ready connections that have no answers, and some of those
+// that have: all of them when little time is left.
+func (h *Host) partReady(conns []*Conn) {
+	some := len(conns)
+	if h.Until == 0 {
+		some = 1 + len(conns)/boldParts
+	}
+	for _, c := range conns {
+		switch {
+		case !c.ready:
+		case c.Answered == c.base:
+			c.Verdict = Part
+		case some > 0:
+			c.Verdict = Part
+			some--
+		}
+	}
+}
+
+// release ends the hold.
+func (h *Host) release(now time.Duration, conns []*Conn) {
+	for _, c := range conns {
+		if c.held && c.Verdict != Part {
+			c.Verdict = Release
+		}
+		c.held = false
+	}
+	h.holding = false
+	h.retry = now + pause
+	h.rounds++
+	h.most[h.rounds%compared] = 0
+}
+
+// tick returns the time between two looks of a round at n connections: short
+// for the answers' sake, long enough that looking costs little, and a fourth of
+// quiet at most.
+func tick(n int) time.Duration {
+	return min(max(time.Duration(n)*4*time.Microsecond, time.Millisecond), 4*time.Millisecond)
+}

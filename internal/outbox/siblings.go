@@ -1,0 +1,147 @@
+package outbox
+
+import (
+	"slices"
+	"sync"
+)
+
+// Siblings are boxes that send each other's answers: those of one HAProxy
+// engine, which allows it by the capability async (SPOE.txt 3.2.1).
+type Siblings struct {
+	carried func(frame []byte) bool
+	dropped func(frames int)
+
+	mu    sync.Mutex
+	boxes []*Box // not closed when last seen
+	next  int    // index of the box to be tried first
+}
+
+// NewSiblings returns siblings that carry the frames that carried reports true
+// of. Dropped is called when no box is left for some.
+func NewSiblings(carried func(frame []byte) bool, dropped func(frames int)) *Siblings {
+	return &Siblings{carried: carried, dropped: dropped}
+}
+
+// Join makes b one of the siblings. It takes frames of up to maxFrame bytes,
+// length field included.
+func (s *Siblings) Join(b *Box, maxFrame int) {
+	s.mu.Lock()
+	b.index = len(s.boxes)
+	s.boxes = append(s.boxes, b)
+	s.mu.Unlock()
+	b.mu.Lock()
+	b.siblings, b.maxFrame = s, maxFrame
+	closed := b.closed
+	b.mu.Unlock()
+	if closed {
+		s.leave(b)
+	}
+}
+
+// leave removes b from the boxes, in which it may not be any more.
+func (s *Siblings) leave(b *Box) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := b.index
+	if i < 0 {
+		return
+	}
+	last := len(s.boxes) - 1
+	s.boxes[i] = s.boxes[last]
+	s.boxes[i].index = i
+	s.boxes[last] = nil
+	s.boxes = s.boxes[:last]
+	b.index = -1
+}
+
+// Len returns the number of boxes.
+func (s *Siblings) Len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.boxes)
+}
+
+// Siblings returns how many other boxes send b's answers once it is closed.
+func (b *Box) Siblings() int {
+	b.mu.Lock()
+	s := b.siblings
+	b.mu.Unlock()
+	if s == nil {
+		return 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.index >= 0 {
+		return len(s.boxes) - 1
+	}
+	return len(s.boxes)
+}
+
+// at returns the i-th box to be tried, nil if there are not so many.
+func (s *Siblings) at(i int) *Box {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i >= len(s.boxes) {
+		return nil
+	}
+	s.next++
+	return s.boxes[s.next%len(s.boxes)]
+}
+
+// send sends those of the frames that are carried by other boxes.
+func (s *Siblings) send(frames []byte) {
+	frames = slices.Clip(s.filter(frames))
+	for i := 0; len(frames) > 0; {
+		b := s.at(i)
+		if b == nil {
+			n := 0
+			for ; len(frames) > 0; n++ {
+				frames = frames[FrameLen(frames):]
+			}
+			s.dropped(n)
+			return
+		}
+		rest, open := b.take(frames)
+		frames = rest
+		if open {
+			b.Flush()
+			i++
+		} else {
+			s.leave(b)
+		}
+	}
+}
+
+// filter returns the frames that are carried, in the memory of b.
+func (s *Siblings) filter(b []byte) []byte {
+	kept := b[:0]
+	for len(b) > 0 {
+		size := FrameLen(b)
+		if frame := b[:size]; s.carried(frame) {
+			kept = append(kept, frame...)
+		}
+		b = b[size:]
+	}
+	return kept
+}
+
+// take adds those of the frames that are not too large, and returns the others.
+// It takes none if b is closed.
+func (b *Box) take(frames []byte) (rest []byte, open bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return frames, false
+	}
+	for len(frames) > 0 {
+		size := FrameLen(frames)
+		if size <= b.maxFrame {
+			b.frames = append(b.frames, frames[:size]...)
+		} else {
+			rest = append(rest, frames[:size]...)
+		}
+		frames = frames[size:]
+	}
+	b.changed.Broadcast()
+	return rest, true
+}

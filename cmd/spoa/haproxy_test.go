@@ -696,3 +696,37 @@ func get(client *http.Client, url string) (*http.Response, error) {
 	_, err = io.Copy(io.Discard, resp.Body)
 	return resp, err
 }
+
+// unixClient speaks HTTP over a unix socket.
+func unixClient(path string) *http.Client {
+	return &http.Client{Timeout: patience, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}
+}
+
+// fetch returns status and body.
+func fetch(t *testing.T, c *http.Client, path string) string {
+	t.Helper()
+	resp, err := c.Get("http://spoa" + path)
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("%d %s", resp.StatusCode, b)
+}
+
+func wantLines(t *testing.T, text string, lines ...string) {
+	t.Helper()
+	for _, line := range lines {
+		if !strings.Contains("\n"+text, "\n"+line+"\n") {
+			t.Errorf("want the line %s", line)
+		}
+	}
+}

@@ -29,19 +29,22 @@ import (
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
+	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
 // cli runs the command to its end, within this process.
-func cli(args ...string) (status int, stdout, stderr string) {
+func cli(args ...string) (exit int, stdout, stderr string) {
 	var out, err bytes.Buffer
-	status = realMain(args, &out, &err)
-	return status, out.String(), err.String()
+	exit = realMain(args, &out, &err)
+	return exit, out.String(), err.String()
 }
 
 func TestUsage(t *testing.T) {
-	status, out, stderr := cli("-h")
-	if status != 0 || stderr != "" {
-		t.Errorf("want 0 and silence, have %d and %q", status, stderr)
+	exit, out, stderr := cli("-h")
+	if exit != 0 || stderr != "" {
+		t.Errorf("want 0 and silence, have %d and %q", exit, stderr)
 	}
 	for line := range strings.Lines(out) {
 		if len(line) > 81 {
@@ -69,9 +72,9 @@ func TestBadFlags(t *testing.T) {
 	taken := l.Addr().String()
 	_, port, _ := net.SplitHostPort(taken)
 	for _, tc := range []struct {
-		args   []string
-		status int
-		want   string
+		args []string
+		exit int
+		want string
 	}{
 		{[]string{"-n", "0"}, 2, "-n 0"},
 		{[]string{"-n", "-1"}, 2, "-n -1"},
@@ -113,9 +116,9 @@ func TestBadFlags(t *testing.T) {
 		{[]string{"-listen", "systemd"}, 1, "systemd"},
 		{[]string{"-listen", "unix:" + dir + "/no/such"}, 1, "no such file"},
 	} {
-		status, stdout, stderr := cli(tc.args...)
-		if status != tc.status || stdout != "" {
-			t.Errorf("%q: want status %d and silence, have %d and %q", tc.args, tc.status, status, stdout)
+		exit, stdout, stderr := cli(tc.args...)
+		if exit != tc.exit || stdout != "" {
+			t.Errorf("%q: want status %d and silence, have %d and %q", tc.args, tc.exit, exit, stdout)
 		}
 		if !strings.HasPrefix(stderr, "spoa: ") || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, tc.want) {
 			t.Errorf("%q: want one line about %q, have %q", tc.args, tc.want, stderr)
@@ -152,7 +155,7 @@ d
 	}
 	want := &config{
 		debug: true, frame: 500, port: 12345, workers: 8, caps: stringList{"async", "fragmentation"}, delay: delay(15 * time.Millisecond),
-		reputation: listFiles{{"drop.txt", 20}}, listen: stringList{"127.0.0.1:1", "unix:/run/a.sock"}, unixMode: 0o600,
+		reputation: lists.Files{{Path: "drop.txt", Score: 20}}, listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}, unixMode: 0o600,
 		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, logFormat: "logfmt", logLevel: "info",
 	}
 	if !reflect.DeepEqual(want, have) {
@@ -162,7 +165,7 @@ d
 	if have, err = parse([]string{"-listen", "127.0.0.1:2"}); err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(have.listen, stringList{"127.0.0.1:2"}) || have.frame != 400 {
+	if !slices.Equal(have.listen, listen.Addrs{{Network: "tcp", Address: "127.0.0.1:2"}}) || have.frame != 400 {
 		t.Errorf("want the command line's address alone, have %v and -m %d", have.listen, have.frame)
 	}
 }
@@ -194,11 +197,11 @@ func TestCheckAndVersion(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"-check", "spoa: configuration ok, no lists: scores are random"},
 		{"-check -reputation " + list + "=5 -allow " + own, "spoa: configuration ok, lists: 2, entries: 3, bad lines: 1"},
-		{"-version", "spoa " + version().String()},
+		{"-version", "spoa " + status.ReadBuild().String()},
 	} {
-		status, stdout, stderr := cli(strings.Fields(tc.args)...)
-		if status != 0 || stderr != "" || stdout != tc.want+"\n" {
-			t.Errorf("%s: want %q, have %d, %q, %q", tc.args, tc.want, status, stdout, stderr)
+		exit, stdout, stderr := cli(strings.Fields(tc.args)...)
+		if exit != 0 || stderr != "" || stdout != tc.want+"\n" {
+			t.Errorf("%s: want %q, have %d, %q, %q", tc.args, tc.want, exit, stdout, stderr)
 		}
 	}
 }
@@ -229,7 +232,7 @@ func TestCheckClientIP(t *testing.T) {
 	drop, own := filepath.Join(dir, "drop.txt"), filepath.Join(dir, "own")
 	writeFile(t, drop, "192.0.2.0/24\n2001:db8::/32 35\n")
 	writeFile(t, own, "192.0.2.99\n")
-	l, err := newLists(log.NewNopLogger(), []listFile{{drop, 10}}, []string{own})
+	l, err := lists.Open(log.NewNopLogger(), []lists.File{{Path: drop, Score: 10}}, []string{own})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +257,7 @@ func TestCheckClientIP(t *testing.T) {
 		{[]spoa.Arg{addr("", "192.0.2.1"), addr("", "192.0.2.2")}, -1, ""},
 	} {
 		m := spoa.NewMessage(message, tc.args...)
-		for _, l := range []*lists{nil, l} {
+		for _, l := range []*lists.Lists{nil, l} {
 			var judged []string
 			var a spoa.Actions
 			h := checkClientIP(0, newScorer(l, func(list string, listed bool) {
@@ -318,14 +321,13 @@ func TestDelay(t *testing.T) {
 }
 
 // serveConfig runs the agent that the flags describe, and returns its address.
-func serveConfig(t *testing.T, logger log.Logger, m *metrics, args ...string) string {
+func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	t.Helper()
 	c, err := parse(args)
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent := c.agent(logger, checkClientIP(time.Duration(c.delay), newScorer(nil, m.judged)), m)
-	m.conns = agent.Conns
+	agent := newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(nil, func(string, bool) {})), spoa.Hooks{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -389,7 +391,7 @@ func TestCapabilities(t *testing.T) {
 		"-c async -c fragmentation -c odd": "\x1epipelining,async,fragmentation",
 	} {
 		var out transcript
-		addr := serveConfig(t, log.NewLogfmtLogger(&out), newMetrics(nil, nil, message), strings.Fields(args)...)
+		addr := serveConfig(t, log.NewLogfmtLogger(&out), strings.Fields(args)...)
 		if _, answer := hello(t, addr, "pipelining,async,fragmentation", "me"); !strings.HasSuffix(answer, want) {
 			t.Errorf("%q: want %q, have %q", args, want, answer)
 		}
@@ -401,7 +403,7 @@ func TestCapabilities(t *testing.T) {
 }
 
 func TestFrameSizeAndRotation(t *testing.T) {
-	addr := serveConfig(t, log.NewNopLogger(), newMetrics(nil, nil, message), "-m", "1000", "-f", "3")
+	addr := serveConfig(t, log.NewNopLogger(), "-m", "1000", "-f", "3")
 	c, err := spoa.Dial(t.Context(), "tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -454,12 +456,12 @@ func TestWorkers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var running atomic.Int64
 		leave := make(chan struct{})
-		agent := c.agent(log.NewNopLogger(), func(context.Context, *spoa.Message, *spoa.Actions) error {
+		agent := newAgent(c, log.NewNopLogger(), func(context.Context, *spoa.Message, *spoa.Actions) error {
 			running.Add(1)
 			defer running.Add(-1)
 			<-leave
 			return nil
-		}, newMetrics(nil, nil))
+		}, spoa.Hooks{})
 		l := &pipes{make(chan net.Conn), make(chan struct{})}
 		go agent.Serve(l)
 		ours, theirs := net.Pipe()
@@ -660,5 +662,12 @@ func TestJSONLog(t *testing.T) {
 		if _, err := netip.ParseAddrPort(v.Addr); v.Msg == "listening" && err != nil {
 			t.Errorf("want an address, have %q", line)
 		}
+	}
+}
+
+func writeFile(t *testing.T, path, data string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/listen"
 )
 
 const usage = `Usage: spop notify|check|bench [flags] [MESSAGE [NAME=]TYPE:VALUE...]
@@ -117,14 +118,14 @@ func run(ctx context.Context, args []string) int {
 // common holds the flags that all subcommands have.
 type common struct {
 	*flag.FlagSet
-	addr    address
+	addr    listen.Addr
 	timeout time.Duration
 	json    bool
 	verbose bool
 }
 
 func newCommon() *common {
-	c := &common{FlagSet: flag.NewFlagSet("", flag.ContinueOnError), addr: address{"tcp", "127.0.0.1:12345"}}
+	c := &common{FlagSet: flag.NewFlagSet("", flag.ContinueOnError), addr: listen.Addr{Network: "tcp", Address: "127.0.0.1:12345"}}
 	c.SetOutput(io.Discard)
 	c.Var(&c.addr, "addr", "")
 	c.DurationVar(&c.timeout, "timeout", 5*time.Second, "")
@@ -148,33 +149,11 @@ func (c *common) parse(args []string, help string) error {
 	return nil
 }
 
-// address is a flag: host:port or unix:/path.
-type address struct{ network, address string }
-
-func (a *address) String() string {
-	if a.network == "unix" {
-		return "unix:" + a.address
-	}
-	return a.address
-}
-
-func (a *address) Set(s string) error {
-	if path, ok := strings.CutPrefix(s, "unix:"); ok && path != "" {
-		*a = address{"unix", path}
-		return nil
-	}
-	if _, port, err := net.SplitHostPort(s); err != nil || port == "" {
-		return errors.New("not of the form host:port or unix:/path")
-	}
-	*a = address{"tcp", s}
-	return nil
-}
-
 // dial connects to the agent and does the HELLO.
 func (c *common) dial(ctx context.Context) (*spoa.Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, c.addr.network, c.addr.address)
+	conn, err := c.addr.Dial(ctx)
 	if err != nil {
 		return nil, c.explain(err)
 	}
@@ -266,7 +245,7 @@ func check(ctx context.Context, args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, c.addr.network, c.addr.address)
+	conn, err := c.addr.Dial(ctx)
 	if err != nil {
 		return c.explain(err)
 	}

@@ -72,10 +72,10 @@ func unset(_ context.Context, _ *spoa.Message, a *spoa.Actions) error {
 // agent serves on 127.0.0.1 and returns its address.
 func agent(t *testing.T, opts ...spoa.Option) string {
 	t.Helper()
-	return serve(t, listen(t, "tcp", "127.0.0.1:0"), opts...)
+	return serve(t, listenLocal(t, "tcp", "127.0.0.1:0"), opts...)
 }
 
-func listen(t *testing.T, network, address string) net.Listener {
+func listenLocal(t *testing.T, network, address string) net.Listener {
 	t.Helper()
 	ln, err := net.Listen(network, address)
 	if err != nil {
@@ -158,7 +158,7 @@ func TestNotifyJSON(t *testing.T) {
 
 func TestNotifyUnixVerbose(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "agent")
-	serve(t, listen(t, "unix", path))
+	serve(t, listenLocal(t, "unix", path))
 	stdout, stderr, status := command(t, "notify", "-v", "-addr", "unix:"+path, "echo", "a=int:1")
 	if stdout != "set-var txn.a int 1\n" || status != 0 {
 		t.Errorf("have %q, status %d", stdout, status)
@@ -176,11 +176,11 @@ func TestNotifyUnixVerbose(t *testing.T) {
 
 // deaf accepts and never answers.
 func deaf(t *testing.T) string {
-	return listen(t, "tcp", "127.0.0.1:0").Addr().String()
+	return listenLocal(t, "tcp", "127.0.0.1:0").Addr().String()
 }
 
 func TestNoAnswer(t *testing.T) {
-	gone := listen(t, "tcp", "127.0.0.1:0")
+	gone := listenLocal(t, "tcp", "127.0.0.1:0")
 	gone.Close()
 	stop := make(chan struct{})
 	defer close(stop)
@@ -226,8 +226,8 @@ func TestUsage(t *testing.T) {
 		{"frobnicate", "want spop notify, check or bench"},
 		{"notify", "want MESSAGE [NAME=]TYPE:VALUE..."},
 		{"notify -frob m", "-frob: want spop notify [-addr A]"},
-		{"notify -addr 12345 m", "not of the form host:port or unix:/path"},
-		{"notify -addr unix: m", "not of the form host:port or unix:/path"},
+		{"notify -addr 12345 m", "want host:port or unix:/path"},
+		{"notify -addr unix: m", "want host:port or unix:/path"},
 		{"notify -timeout 0s m", "want more than 0"},
 		{"notify -timeout 5 m", "-timeout"},
 		{"notify -n 0 m", "-n 0: want at least 1"},
@@ -289,7 +289,7 @@ func TestCheck(t *testing.T) {
 
 // sshServer is something else.
 func sshServer(t *testing.T) string {
-	ln := listen(t, "tcp", "127.0.0.1:0")
+	ln := listenLocal(t, "tcp", "127.0.0.1:0")
 	go func() {
 		for {
 			conn, err := ln.Accept()
@@ -393,7 +393,7 @@ func TestBenchStall(t *testing.T) {
 
 // No answer at all is no rate either.
 func TestBenchRefused(t *testing.T) {
-	ln := listen(t, "tcp", "127.0.0.1:0")
+	ln := listenLocal(t, "tcp", "127.0.0.1:0")
 	go func() {
 		for {
 			conn, err := ln.Accept()

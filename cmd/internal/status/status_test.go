@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package status
 
 import (
 	"context"
@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -20,38 +21,45 @@ import (
 
 	"github.com/go-kit/log"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
-// unixClient speaks HTTP over a unix socket.
-func unixClient(path string) *http.Client {
-	return &http.Client{Timeout: patience, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", path)
-		},
-	}}
+const (
+	message  = "check-client-ip"
+	patience = 15 * time.Second
+)
+
+// newTestStatus returns the status of an agent without lists and connections.
+func newTestStatus() *Status {
+	return New(Config{Conns: noConns, Build: ReadBuild(), Messages: []string{message}})
 }
 
-// fetch returns status and body.
-func fetch(t *testing.T, c *http.Client, path string) string {
+func noConns() []spoa.ConnInfo { return nil }
+
+// eventually waits until ok reports true, for what another goroutine does.
+func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	resp, err := c.Get("http://spoa" + path)
-	if err != nil {
-		return err.Error()
+	pause := time.NewTicker(time.Millisecond)
+	defer pause.Stop()
+	for deadline := time.Now().Add(patience); !ok(); <-pause.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %v for: %s", patience, what)
+		}
 	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err.Error()
-	}
-	return fmt.Sprintf("%d %s", resp.StatusCode, b)
 }
 
-// get returns what m's server says.
-func (m *metrics) get(t *testing.T, path string) string {
+func writeFile(t *testing.T, path, data string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// get returns what the server of st says.
+func (st *Status) get(t *testing.T, path string) string {
 	t.Helper()
 	w := httptest.NewRecorder()
-	m.handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+	st.handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
 	if w.Code != http.StatusOK {
 		t.Errorf("%s: status %d: %s", path, w.Code, w.Body)
 	}
@@ -68,15 +76,15 @@ func wantLines(t *testing.T, text string, lines ...string) {
 }
 
 func TestHandledAllocs(t *testing.T) {
-	m := newMetrics(nil, nil, message)
+	st := newTestStatus()
 	for _, err := range []error{
 		nil, spoa.ErrNoHandler, spoa.ErrOverload, context.DeadlineExceeded, errors.New("x"), &spoa.PanicError{},
 		fmt.Errorf("%w", spoa.ErrOverload),
 	} {
 		for _, name := range []string{message, "another"} {
 			if n := testing.AllocsPerRun(100, func() {
-				m.handled(name, time.Millisecond, err)
-				m.judged("", false)
+				st.handled(name, time.Millisecond, err)
+				st.Judged("", false)
 			}); n != 0 {
 				t.Errorf("%s, %v: want no allocation, have %v", name, err, n)
 			}
@@ -85,17 +93,17 @@ func TestHandledAllocs(t *testing.T) {
 }
 
 func TestOutcomes(t *testing.T) {
-	m := newMetrics(nil, nil, message)
+	st := newTestStatus()
 	for i, err := range []error{
 		nil, errors.New("x"), fmt.Errorf("%w", &spoa.PanicError{}), context.DeadlineExceeded, spoa.ErrOverload, spoa.ErrNoHandler,
 	} {
 		for range i + 1 {
-			m.handled(message, 3*time.Millisecond, err)
+			st.handled(message, 3*time.Millisecond, err)
 		}
 	}
-	m.handled("one", 0, spoa.ErrNoHandler)
-	m.handled("two", 0, spoa.ErrNoHandler)
-	text := m.get(t, "/metrics")
+	st.handled("one", 0, spoa.ErrNoHandler)
+	st.handled("two", 0, spoa.ErrNoHandler)
+	text := st.get(t, "/metrics")
 	wantLines(t, text,
 		`spoa_messages_total{message="check-client-ip",outcome="ok"} 1`,
 		`spoa_messages_total{message="check-client-ip",outcome="error"} 2`,
@@ -117,7 +125,7 @@ func TestOutcomes(t *testing.T) {
 }
 
 func TestFaults(t *testing.T) {
-	m := newMetrics(nil, nil, message)
+	st := newTestStatus()
 	for _, err := range []error{
 		nil,
 		&spoa.DisconnectError{Remote: true},
@@ -127,9 +135,9 @@ func TestFaults(t *testing.T) {
 		&spoa.DisconnectError{Status: 54321, Remote: true},
 		errors.New("tls: bad certificate"),
 	} {
-		m.connClosed(spoa.Peer{HealthCheck: err == nil}, err)
+		st.connClosed(spoa.Peer{HealthCheck: err == nil}, err)
 	}
-	text := m.get(t, "/metrics")
+	text := st.get(t, "/metrics")
 	wantLines(t, text,
 		`spoa_faults_total{by="agent",code="3"} 1`,
 		`spoa_faults_total{by="haproxy",code="2"} 1`,
@@ -142,10 +150,35 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// All that the process says of real connections, and no peer's words in it.
+// serve runs an agent with the hooks of st in this process, and returns its address.
+func serve(t *testing.T, agent *spoa.Agent) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- agent.Serve(l) }()
+	t.Cleanup(func() {
+		agent.Close()
+		if err := <-served; !errors.Is(err, spoa.ErrAgentClosed) {
+			t.Error(err)
+		}
+	})
+	return l.Addr().String()
+}
+
+// All that metrics say of real connections, and no peer's words in it.
 func TestMetricsOfConnections(t *testing.T) {
-	m := newMetrics(nil, nil, message)
-	addr := serveConfig(t, log.NewNopLogger(), m, "-metrics", "127.0.0.1:0")
+	var agent *spoa.Agent
+	st := New(Config{Messages: []string{message}, Conns: func() []spoa.ConnInfo {
+		return append(agent.Conns(), spoa.ConnInfo{Peer: spoa.Peer{EngineID: "engine-of-mine", FrameSize: 16380}})
+	}})
+	agent = spoa.New(spoa.WithHooks(st.Hooks()), spoa.WithHandlerFunc(message, func(context.Context, *spoa.Message, *spoa.Actions) error {
+		st.Judged("", false)
+		return nil
+	}))
+	addr := serve(t, agent)
 	if err := spoa.Check(t.Context(), "tcp", addr); err != nil {
 		t.Fatal(err)
 	}
@@ -159,24 +192,19 @@ func TestMetricsOfConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	hello(t, addr, "pipelining", "engine-of-mine")
-	for i := range 3 {
-		name := message
-		if i == 2 {
-			name = "invented"
-		}
+	for _, name := range []string{message, message, "invented"} {
 		if _, err := c.Notify(t.Context(), spoa.NewMessage(name, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("192.0.2.77"))})); err != nil {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "the health check to end", func() bool { return value(m.checks) == 1 })
-	eventually(t, "all accepted", func() bool { return value(m.opened) == 4 })
-	text := m.get(t, "/metrics")
+	eventually(t, "the health check to end", func() bool { return value(st.checks) == 1 })
+	eventually(t, "all accepted", func() bool { return value(st.opened) == 3 })
+	text := st.get(t, "/metrics")
 	wantLines(t, text,
 		`spoa_connections{state="hello"} 1`,
 		`spoa_connections{state="idle"} 2`,
 		`spoa_connections{state="busy"} 0`,
-		`spoa_connections_opened_total 4`,
+		`spoa_connections_opened_total 3`,
 		`spoa_health_checks_total 1`,
 		`spoa_messages_total{message="check-client-ip",outcome="ok"} 2`,
 		`spoa_messages_total{message="other",outcome="no_handler"} 1`,
@@ -193,20 +221,23 @@ func TestMetricsOfLists(t *testing.T) {
 	a, b := filepath.Join(t.TempDir(), "drop.txt"), filepath.Join(t.TempDir(), "drop.netset")
 	writeFile(t, a, "192.0.2.1\n")
 	writeFile(t, b, strings.Repeat("192.0.2.2\n", 200)+"192.0.2.3\nbad\n")
-	l, err := newLists(log.NewNopLogger(), []listFile{{a, 0}, {b, 10}}, []string{a})
+	l, err := lists.Open(log.NewNopLogger(), []lists.File{{Path: a}, {Path: b, Score: 10}}, []string{a})
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := newMetrics(l, nil, message)
-	score := newScorer(l, m.judged)
-	for _, ip := range []string{"192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"} {
-		score(netip.MustParseAddr(ip), new(spoa.Actions))
+	st := New(Config{Conns: noConns, Lists: l})
+	for _, listed := range []bool{true, true, false, false} {
+		if listed {
+			st.Judged("drop", true)
+		} else {
+			st.Judged("", false)
+		}
 	}
 	writeFile(t, a, "bad\n")
 	if l.Reload() == nil {
 		t.Fatal("want a reload that fails")
 	}
-	text := m.get(t, "/metrics")
+	text := st.get(t, "/metrics")
 	wantLines(t, text,
 		`spoa_verdicts_total{list="drop",verdict="listed"} 2`,
 		`spoa_verdicts_total{list="",verdict="unlisted"} 2`,
@@ -225,51 +256,61 @@ func TestMetricsOfLists(t *testing.T) {
 			t.Errorf("want %s thrice, have %d", re, n)
 		}
 	}
-	wantCell(t, readPage(t, m.get(t, "/")), "list: drop", "file: "+b, "bad lines: 1", "entries: 2")
+	wantCell(t, readPage(t, st.get(t, "/")), "list: drop", "file: "+b, "bad lines: 1", "entries: 2")
 }
 
-// The metrics' HTTP server
-
-func TestMetricsActor(t *testing.T) {
-	path := filepath.Join(shortTempDir(t), "m")
-	l, err := listen("unix:"+path, 0o600)
+func TestActor(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := newMetrics(nil, nil, message)
-	drained := make(chan struct{})
-	execute, interrupt := m.actor(l, drained)
+	st := newTestStatus()
+	execute, interrupt := st.Actor(l)
 	ended := make(chan error, 1)
 	go func() { ended <- execute() }()
-	c := unixClient(path)
-	if have := fetch(t, c, "/readyz"); have != "200 ready\n" {
+	client := &http.Client{Timeout: patience}
+	fetch := func(path string) string {
+		t.Helper()
+		resp, err := client.Get("http://" + l.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprintf("%d %s", resp.StatusCode, b)
+	}
+	if have := fetch("/readyz"); have != "200 ready\n" {
 		t.Errorf("want ready, have %q", have)
 	}
-	interrupt(nil) // returns though the drain goes on
-	if have := fetch(t, c, "/readyz"); have != "503 draining\n" {
+	st.Drain()
+	if have := fetch("/readyz"); have != "503 draining\n" {
 		t.Errorf("want draining, have %q", have)
 	}
-	if have := fetch(t, c, "/metrics"); !strings.HasPrefix(have, "200 ") {
+	if have := fetch("/healthz"); have != "200 ok\n" {
+		t.Errorf("want alive, have %q", have)
+	}
+	if have := fetch("/metrics"); !strings.HasPrefix(have, "200 ") {
 		t.Errorf("want metrics to the end, have %q", have)
 	}
-	if have := fetch(t, c, "/nosuch"); !strings.HasPrefix(have, "404 ") {
+	if have := fetch("/nosuch"); !strings.HasPrefix(have, "404 ") {
 		t.Errorf("want nothing else, have %q", have)
 	}
-	close(drained)
+	interrupt(nil)
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
 }
 
-func TestMetricsActorFails(t *testing.T) {
+func TestActorFails(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.Close()
-	drained := make(chan struct{})
-	close(drained)
-	execute, interrupt := newMetrics(nil, nil).actor(l, drained)
+	execute, interrupt := newTestStatus().Actor(l)
 	if err := execute(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("want the listener's error, have %v", err)
 	}
@@ -350,32 +391,30 @@ rows:
 }
 
 func TestPage(t *testing.T) {
-	m := newMetrics(nil, nil, message)
-	addr := serveConfig(t, log.NewNopLogger(), m, "-metrics", "127.0.0.1:0")
 	evil := `"><script>alert('1')</script><img src=x onerror=alert(2)>`
-	evilConn, _ := hello(t, addr, "pipelining", evil)
-	longConn, _ := hello(t, addr, "", "\u202e"+strings.Repeat("long", 500))
-	nc, err := net.Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	eventually(t, "all accepted", func() bool { return value(m.opened) == 3 })
+	tcp := func(port int) net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: port} }
+	st := New(Config{Messages: []string{message}, Conns: func() []spoa.ConnInfo {
+		return []spoa.ConnInfo{
+			{Peer: spoa.Peer{Addr: tcp(1), EngineID: evil, FrameSize: 16380, Capabilities: "pipelining"}},
+			{Peer: spoa.Peer{Addr: tcp(2), EngineID: "\u202e" + strings.Repeat("long", 500), FrameSize: 16380}},
+			{Peer: spoa.Peer{Addr: tcp(3)}},
+		}
+	}})
 	for i := range 1234 {
-		m.handled(message, time.Duration(i)*time.Microsecond, nil)
+		st.handled(message, time.Duration(i)*time.Microsecond, nil)
 	}
-	m.sample()
-	m.handled(message, time.Hour, errors.New("x"))
-	m.handled(message, 0, spoa.ErrOverload)
-	m.sample()
-	m.connClosed(spoa.Peer{}, &spoa.DisconnectError{Status: spoa.StatusInvalidFrame})
+	st.sample()
+	st.handled(message, time.Hour, errors.New("x"))
+	st.handled(message, 0, spoa.ErrOverload)
+	st.sample()
+	st.connClosed(spoa.Peer{}, &spoa.DisconnectError{Status: spoa.StatusInvalidFrame})
 
-	page := m.get(t, "/?refresh=7")
+	page := st.get(t, "/?refresh=7")
 	rows := readPage(t, page)
-	wantCell(t, rows, "peer: "+evilConn.LocalAddr().String(), "engine-id: "+evil, "state: idle", "capabilities: pipelining",
+	wantCell(t, rows, "peer: 192.0.2.1:1", "engine-id: "+evil, "state: idle", "capabilities: pipelining",
 		"in flight: 0", "notifies: 0", "frame size: 16380")
-	wantCell(t, rows, "peer: "+longConn.LocalAddr().String(), "engine-id: \ufffd"+strings.Repeat("long", 500)[:63]+"…")
-	wantCell(t, rows, "peer: "+nc.LocalAddr().String(), "state: hello", "engine-id: ")
+	wantCell(t, rows, "peer: 192.0.2.1:2", "engine-id: \ufffd"+strings.Repeat("long", 500)[:63]+"…")
+	wantCell(t, rows, "peer: 192.0.2.1:3", "state: hello", "engine-id: ")
 	wantCell(t, rows, "name: "+message, "per second: 2", "most: 1\u202f234", "total: 1\u202f236", "failed: 2", "median: ≤ 1 ms",
 		"99 %: ≤ 2.5 ms", "of these: error 1, overload 1")
 	wantCell(t, rows, "fault: invalid frame received", "code: 4", "told by: agent", "connections: 1")
@@ -383,27 +422,26 @@ func TestPage(t *testing.T) {
 	if strings.Contains(page, "<script") {
 		t.Error("want no script")
 	}
-	if !strings.Contains(page, `http-equiv="refresh" content="7"`) || strings.Contains(m.get(t, "/"), "http-equiv") {
+	if !strings.Contains(page, `http-equiv="refresh" content="7"`) || strings.Contains(st.get(t, "/"), "http-equiv") {
 		t.Error("want a refresh when asked for")
 	}
 	w := httptest.NewRecorder()
-	m.handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	st.handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
 	if csp := w.Header().Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'none'") || strings.Contains(csp, "script") {
 		t.Errorf("want scripts forbidden, have %q", csp)
 	}
 }
 
 func TestPageBounded(t *testing.T) {
-	m := newMetrics(nil, nil, message)
-	m.conns = func() []spoa.ConnInfo {
+	st := New(Config{Conns: func() []spoa.ConnInfo {
 		all := make([]spoa.ConnInfo, pageConns+42)
 		for i := range all {
 			all[i].Addr, all[i].InFlight = &net.UnixAddr{Net: "unix"}, 1
 		}
 		return all
-	}
-	m.draining.Store(true)
-	rows := readPage(t, m.get(t, "/"))
+	}})
+	st.Drain()
+	rows := readPage(t, st.get(t, "/"))
 	n := 0
 	for _, row := range rows {
 		if strings.Contains(row, "peer: unix\n") {

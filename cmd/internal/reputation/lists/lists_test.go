@@ -1,4 +1,4 @@
-package main
+package lists
 
 import (
 	"bytes"
@@ -28,17 +28,17 @@ func TestListFiles(t *testing.T) {
 	writeFile(t, filepath.Join(dir, "c=-1"), "192.0.2.1\n")
 	for _, tc := range []struct {
 		in   string
-		want listFile
+		want File
 		fail bool
 	}{
-		{in: "drop.txt", want: listFile{"drop.txt", 0}},
-		{in: "drop.txt=0", want: listFile{"drop.txt", 0}},
-		{in: "drop.txt=100", want: listFile{"drop.txt", 100}},
-		{in: "a=b=30", want: listFile{"a=b", 30}},
-		{in: odd, want: listFile{odd, 0}},
-		{in: odd + "=5", want: listFile{odd, 5}},
-		{in: dir + "/b=7", want: listFile{dir + "/b", 7}},
-		{in: dir + "/b=7=8", want: listFile{dir + "/b=7", 8}},
+		{in: "drop.txt", want: File{"drop.txt", 0}},
+		{in: "drop.txt=0", want: File{"drop.txt", 0}},
+		{in: "drop.txt=100", want: File{"drop.txt", 100}},
+		{in: "a=b=30", want: File{"a=b", 30}},
+		{in: odd, want: File{odd, 0}},
+		{in: odd + "=5", want: File{odd, 5}},
+		{in: dir + "/b=7", want: File{dir + "/b", 7}},
+		{in: dir + "/b=7=8", want: File{dir + "/b=7", 8}},
 		{in: dir + "/absent=abc", fail: true},
 		{in: "drop.txt=", fail: true},
 		{in: "drop.txt=101", fail: true},
@@ -50,7 +50,7 @@ func TestListFiles(t *testing.T) {
 		{in: "=5", fail: true},
 		{in: "", fail: true},
 	} {
-		var have listFiles
+		var have Files
 		err := have.Set(tc.in)
 		if tc.fail {
 			if err == nil || !strings.Contains(err.Error(), "want FILE or FILE=SCORE") {
@@ -65,7 +65,7 @@ func TestListFiles(t *testing.T) {
 			t.Errorf("%q: want %v, have %v, %v", tc.in, tc.want, have, err)
 		}
 	}
-	var f listFiles
+	var f Files
 	for _, s := range []string{"a", "b=5"} {
 		if err := f.Set(s); err != nil {
 			t.Fatal(err)
@@ -157,7 +157,7 @@ func TestLookup(t *testing.T) {
 		writeFile(t, path, data)
 		return path
 	}
-	l, err := newLists(log.NewNopLogger(), []listFile{
+	l, err := Open(log.NewNopLogger(), []File{
 		{file("level1.netset", firehol), 0},
 		{file("drop.txt", dropText), 10},
 		{file("drop_v4.json", dropJSON), 20},
@@ -207,7 +207,7 @@ func TestLookup(t *testing.T) {
 	if score, list, listed := l.Lookup(netip.Addr{}); score != 100 || list != "" || listed {
 		t.Errorf("zero Addr: want 100, have %d %q %v", score, list, listed)
 	}
-	for i, want := range []listStats{
+	for i, want := range []Stats{
 		{Name: "level1", Entries: 2}, {Name: "drop", Entries: 1}, {Name: "drop_v4", Entries: 2}, {Name: "own", Entries: 7},
 		{Name: "other", Entries: 3}, {Name: ".hidden", Entries: 1},
 		{Name: "office", Entries: 2, Allow: true}, {Name: "partners", Entries: 2, Allow: true},
@@ -223,7 +223,7 @@ func TestLookup(t *testing.T) {
 }
 
 func TestLookupAllocs(t *testing.T) {
-	l := newTestLists(t, log.NewNopLogger(), "192.0.2.0/24\n2001:db8::/32\n")
+	l := openTest(t, log.NewNopLogger(), "192.0.2.0/24\n2001:db8::/32\n")
 	addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("::ffff:8.8.8.8")}
 	if have := testing.AllocsPerRun(100, func() {
 		for _, a := range addrs {
@@ -258,9 +258,9 @@ func TestNewListsRefuses(t *testing.T) {
 			writeFile(t, "list.txt", tc.data)
 			var err error
 			if tc.allow {
-				_, err = newLists(log.NewNopLogger(), nil, []string{"list.txt"})
+				_, err = Open(log.NewNopLogger(), nil, []string{"list.txt"})
 			} else {
-				_, err = newLists(log.NewNopLogger(), []listFile{{"list.txt", 0}}, nil)
+				_, err = Open(log.NewNopLogger(), []File{{"list.txt", 0}}, nil)
 			}
 			if tc.err == "" && err != nil {
 				t.Errorf("want none, have %v", err)
@@ -272,15 +272,15 @@ func TestNewListsRefuses(t *testing.T) {
 	}
 	absent := filepath.Join(t.TempDir(), "absent")
 	for _, path := range []string{absent, t.TempDir()} {
-		if _, err := newLists(log.NewNopLogger(), []listFile{{path, 0}}, nil); err == nil || !strings.Contains(err.Error(), path) {
+		if _, err := Open(log.NewNopLogger(), []File{{path, 0}}, nil); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: want an error naming it, have %v", path, err)
 		}
 	}
-	_, err := newLists(log.NewNopLogger(), []listFile{{os.DevNull, 0}}, nil)
+	_, err := Open(log.NewNopLogger(), []File{{os.DevNull, 0}}, nil)
 	if err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("%s: want an error saying what it is, have %v", os.DevNull, err)
 	}
-	if _, err := newLists(log.NewNopLogger(), []listFile{{absent, 0}}, nil); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Open(log.NewNopLogger(), []File{{absent, 0}}, nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("want %v, have %v", os.ErrNotExist, err)
 	}
 }
@@ -320,7 +320,7 @@ func TestLog(t *testing.T) {
 				allow = []string{"allow.txt"}
 			}
 			var buf bytes.Buffer
-			if _, err := newLists(log.NewLogfmtLogger(&buf), []listFile{{"list.txt", 0}}, allow); err != nil {
+			if _, err := Open(log.NewLogfmtLogger(&buf), []File{{"list.txt", 0}}, allow); err != nil {
 				t.Fatal(err)
 			}
 			for _, want := range tc.want {
@@ -342,7 +342,7 @@ func TestLog(t *testing.T) {
 func TestLoadedIsInForce(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	addr := netip.MustParseAddr("192.0.2.1")
-	var l *lists
+	var l *Lists
 	var have []int
 	logger := log.LoggerFunc(func(keyvals ...any) error {
 		if l != nil && slices.Contains(keyvals, any("list loaded")) {
@@ -352,7 +352,7 @@ func TestLoadedIsInForce(t *testing.T) {
 		return nil
 	})
 	writeFile(t, file, "192.0.2.1 5\n")
-	first, err := newLists(logger, []listFile{{file, 0}}, nil)
+	first, err := Open(logger, []File{{file, 0}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,7 +373,7 @@ func TestReload(t *testing.T) {
 	writeFile(t, b, "192.0.2.2 20\n")
 	writeFile(t, allow, "192.0.2.3\n")
 	var buf bytes.Buffer
-	l, err := newLists(log.NewLogfmtLogger(&buf), []listFile{{a, 0}, {b, 0}}, []string{allow})
+	l, err := Open(log.NewLogfmtLogger(&buf), []File{{a, 0}, {b, 0}}, []string{allow})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -449,7 +449,7 @@ func TestReloadAtOnce(t *testing.T) {
 	path := filepath.Join(dir, "list")
 	states := []string{"192.0.2.0/24 10\n192.0.2.1 11\n", "192.0.2.0/24 20\n192.0.2.1 21\n"}
 	writeFile(t, path, states[0])
-	l, err := newLists(log.NewNopLogger(), []listFile{{path, 0}}, nil)
+	l, err := Open(log.NewNopLogger(), []File{{path, 0}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -483,8 +483,8 @@ func TestReloadAtOnce(t *testing.T) {
 }
 
 func TestWatchRename(t *testing.T) {
-	l := newTestLists(t, log.NewNopLogger(), "192.0.2.1 0\n")
-	path := l.sources[0].path
+	l := openTest(t, log.NewNopLogger(), "192.0.2.1 0\n")
+	path := l.sources[0].Path
 	replace := func(data string) {
 		writeFile(t, path+".new", data)
 		if err := os.Rename(path+".new", path); err != nil {
@@ -495,9 +495,9 @@ func TestWatchRename(t *testing.T) {
 }
 
 func TestWatchWrite(t *testing.T) {
-	l := newTestLists(t, log.NewNopLogger(), "192.0.2.1 0\n")
+	l := openTest(t, log.NewNopLogger(), "192.0.2.1 0\n")
 	testWatch(t, l, func(score int) {
-		writeFile(t, l.sources[0].path, fmt.Sprintf("192.0.2.1 %d%s\n", score, strings.Repeat(" ", score)))
+		writeFile(t, l.sources[0].Path, fmt.Sprintf("192.0.2.1 %d%s\n", score, strings.Repeat(" ", score)))
 	})
 }
 
@@ -522,7 +522,7 @@ func TestWatchSymlinkSwap(t *testing.T) {
 	if err := os.Symlink("..data/list", path); err != nil {
 		t.Fatal(err)
 	}
-	l, err := newLists(log.NewNopLogger(), []listFile{{path, 0}}, nil)
+	l, err := Open(log.NewNopLogger(), []File{{path, 0}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -531,7 +531,7 @@ func TestWatchSymlinkSwap(t *testing.T) {
 
 // testWatch has change give 192.0.2.1 one score after the other. After the first one Watch is sure to be under way,
 // and with no poll only an event can tell it of the others.
-func testWatch(t *testing.T, l *lists, change func(score int)) {
+func testWatch(t *testing.T, l *Lists, change func(score int)) {
 	t.Helper()
 	told := make(chan bool, 10)
 	l.onReload = func(_ string, ok bool) { told <- ok }
@@ -564,7 +564,7 @@ func testWatch(t *testing.T, l *lists, change func(score int)) {
 
 // watchBubble runs watch in a synctest bubble, where time passes only when nothing else is to be done. What f gets
 // last waits and returns the reloads since.
-func watchBubble(t *testing.T, l *lists, f func(events chan<- fsnotify.Event, errs chan<- error, wait func(time.Duration) []string)) {
+func watchBubble(t *testing.T, l *Lists, f func(events chan<- fsnotify.Event, errs chan<- error, wait func(time.Duration) []string)) {
 	told := make(chan string, 100)
 	l.onReload = func(list string, ok bool) { told <- fmt.Sprint(list, " ", ok) }
 	synctest.Test(t, func(t *testing.T) {
@@ -589,8 +589,8 @@ func watchBubble(t *testing.T, l *lists, f func(events chan<- fsnotify.Event, er
 }
 
 func TestWatchSettles(t *testing.T) {
-	l := newTestLists(t, log.NewNopLogger(), "192.0.2.1 5\n")
-	path := l.sources[0].path
+	l := openTest(t, log.NewNopLogger(), "192.0.2.1 5\n")
+	path := l.sources[0].Path
 	l.poll = time.Hour
 	watchBubble(t, l, func(events chan<- fsnotify.Event, errs chan<- error, wait func(time.Duration) []string) {
 		wait(time.Second)
@@ -628,7 +628,7 @@ func TestWatchPolls(t *testing.T) {
 	path, other := filepath.Join(dir, "list"), filepath.Join(dir, "other")
 	writeFile(t, path, "192.0.2.1 5\n")
 	writeFile(t, other, "192.0.2.2 7\n")
-	l, err := newLists(log.NewNopLogger(), []listFile{{path, 0}, {other, 0}}, nil)
+	l, err := Open(log.NewNopLogger(), []File{{path, 0}, {other, 0}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -696,12 +696,12 @@ func FuzzList(f *testing.F) {
 		if err == nil && rec.prefix.IsValid() {
 			check(rec.prefix)
 		}
-		if rec.score < -1 || rec.score > bestScore || rec.promised < -1 {
+		if rec.score < -1 || rec.score > BestScore || rec.promised < -1 {
 			t.Errorf("%q: have %+v", s, rec)
 		}
-		c, err := parseList(strings.NewReader(s), "list", bestScore, false)
+		c, err := parseList(strings.NewReader(s), "list", BestScore, false)
 		for i, e := range c.entries {
-			if check(e.prefix); e.score > bestScore {
+			if check(e.prefix); e.score > BestScore {
 				t.Errorf("%q: have score %d", s, e.score)
 			}
 			if err == nil && i > 0 && c.entries[i-1].prefix.Compare(e.prefix) >= 0 {
@@ -742,7 +742,7 @@ func BenchmarkLoad(b *testing.B) {
 	path, _ := million(b)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := newLists(log.NewNopLogger(), []listFile{{path, 0}}, nil); err != nil {
+		if _, err := Open(log.NewNopLogger(), []File{{path, 0}}, nil); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -750,7 +750,7 @@ func BenchmarkLoad(b *testing.B) {
 
 func BenchmarkLookup(b *testing.B) {
 	path, addrs := million(b)
-	l, err := newLists(log.NewNopLogger(), []listFile{{path, 0}}, nil)
+	l, err := Open(log.NewNopLogger(), []File{{path, 0}}, nil)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -764,11 +764,11 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-func newTestLists(t *testing.T, logger log.Logger, data string) *lists {
+func openTest(t *testing.T, logger log.Logger, data string) *Lists {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "list")
 	writeFile(t, path, data)
-	l, err := newLists(logger, []listFile{{path, 0}}, nil)
+	l, err := Open(logger, []File{{path, 0}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,6 @@
-package main
+// Package lists holds block lists and allow lists of addresses, read from files
+// that may change at any time.
+package lists
 
 import (
 	"bufio"
@@ -24,10 +26,10 @@ import (
 	"github.com/go-kit/log/level"
 )
 
-const (
-	bestScore   = 100 // of an address that is allowed or on no list
-	maxReported = 5   // bad lines of a file that are logged one by one
-)
+// BestScore is the score of an address that is allowed or on no list.
+const BestScore = 100
+
+const maxReported = 5 // bad lines of a file that are logged one by one
 
 // privateRanges are often on block lists as bogons, and often where clients come from.
 var privateRanges = []netip.Prefix{
@@ -39,43 +41,44 @@ var privateRanges = []netip.Prefix{
 	netip.MustParsePrefix("fc00::/7"),
 }
 
-var errScore = fmt.Errorf("a score is an integer from 0 to %d", bestScore)
+var errScore = fmt.Errorf("a score is an integer from 0 to %d", BestScore)
 
-// listFile is a list as named on the command line.
-type listFile struct {
-	path  string
-	score uint8 // of entries that bring no score of their own
+// File names a reputation list.
+type File struct {
+	Path  string
+	Score uint8 // of entries that bring no score of their own
 }
 
-// listFiles is a flag.Value collecting FILE[=SCORE].
-type listFiles []listFile
+// Files is a flag.Value that collects FILE[=SCORE].
+type Files []File
 
-func (f *listFiles) String() string {
+// String implements flag.Value.
+func (f *Files) String() string {
 	var b strings.Builder
 	for i, file := range *f {
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		fmt.Fprintf(&b, "%s=%d", file.path, file.score)
+		fmt.Fprintf(&b, "%s=%d", file.Path, file.Score)
 	}
 	return b.String()
 }
 
-// Set takes what follows the last equals sign for a score if it is a number. Anything else there belongs to the
+// Set implements flag.Value. It takes what follows the last equals sign for a score if it is a number. Anything else there belongs to the
 // file's name, provided there is such a file.
-func (f *listFiles) Set(s string) error {
-	file := listFile{path: s}
+func (f *Files) Set(s string) error {
+	file := File{Path: s}
 	if i := strings.LastIndexByte(s, '='); i >= 0 {
 		score, err := parseScore(s[i+1:])
 		_, nan := strconv.Atoi(s[i+1:])
 		switch {
 		case err == nil:
-			file = listFile{path: s[:i], score: score}
+			file = File{Path: s[:i], Score: score}
 		case nan == nil || !exists(s):
 			return fmt.Errorf("want FILE or FILE=SCORE: %w", err)
 		}
 	}
-	if file.path == "" {
+	if file.Path == "" {
 		return errors.New("want FILE or FILE=SCORE: no file named")
 	}
 	*f = append(*f, file)
@@ -89,15 +92,15 @@ func exists(path string) bool {
 
 func parseScore(s string) (uint8, error) {
 	n, err := strconv.ParseUint(s, 10, 8)
-	if err != nil || n > bestScore {
+	if err != nil || n > BestScore {
 		return 0, errScore
 	}
 	return uint8(n), nil
 }
 
-// lists answers which score an address has, from files that may change at any time. Lookups never wait for a reload:
+// Lists answers which score an address has, from files that may change at any time. Lookups never wait for a reload:
 // a new table is built aside and takes the place of the old one at once.
-type lists struct {
+type Lists struct {
 	logger   log.Logger
 	onReload func(list string, ok bool) // if not nil, told of every reload, after it took effect; set before Watch and Reload
 
@@ -106,7 +109,7 @@ type lists struct {
 
 	table   atomic.Pointer[table]
 	mu      sync.Mutex // one load at a time; guards the sources' unexported state
-	sources []*source  // the slice, and each one's listFile, name and allow, never change
+	sources []*source  // the slice, and each one's File, name and allow, never change
 	allows  bool       // there is an allow list
 }
 
@@ -123,17 +126,17 @@ type verdict struct {
 
 // source is a file and what was last read from it.
 type source struct {
-	listFile
+	File
 	name    string
 	allow   bool
 	entries []entry
 	tried   os.FileInfo // as it was when last read, successfully or not; nil if missing
 	seen    os.FileInfo // as it was at the last look
-	stats   atomic.Pointer[listStats]
+	stats   atomic.Pointer[Stats]
 }
 
-// listStats describes a list and its file for metrics.
-type listStats struct {
+// Stats describes a list and its file for metrics.
+type Stats struct {
 	Name     string
 	File     string
 	Allow    bool
@@ -145,18 +148,18 @@ type listStats struct {
 	Failures uint64    // reloads after which the previous content stayed in force
 }
 
-// newLists loads all files, or fails naming each one that cannot be used. Allow lists win over all others, whatever
+// Open loads all files, or fails naming each one that cannot be used. Allow lists win over all others, whatever
 // the length of the prefixes.
-func newLists(logger log.Logger, reputation []listFile, allow []string) (*lists, error) {
-	l := &lists{logger: logger, poll: 10 * time.Second, settle: 100 * time.Millisecond, allows: len(allow) > 0}
+func Open(logger log.Logger, reputation []File, allow []string) (*Lists, error) {
+	l := &Lists{logger: logger, poll: 10 * time.Second, settle: 100 * time.Millisecond, allows: len(allow) > 0}
 	for _, f := range reputation {
-		l.sources = append(l.sources, &source{listFile: f, name: listName(f.path)})
+		l.sources = append(l.sources, &source{File: f, name: listName(f.Path)})
 	}
 	for _, path := range allow {
-		l.sources = append(l.sources, &source{listFile: listFile{path: path, score: bestScore}, name: listName(path), allow: true})
+		l.sources = append(l.sources, &source{File: File{Path: path, Score: BestScore}, name: listName(path), allow: true})
 	}
 	for _, s := range l.sources {
-		s.stats.Store(&listStats{Name: s.name, File: s.path, Allow: s.allow})
+		s.stats.Store(&Stats{Name: s.name, File: s.Path, Allow: s.allow})
 	}
 	l.table.Store(new(table))
 	if err := l.Reload(); err != nil {
@@ -176,22 +179,22 @@ func listName(path string) string {
 
 // Lookup returns the score of the longest prefix that contains addr and the name of its list; 100 and no name for
 // addresses that are on no list, or on an allow list. It does not allocate and may be called at any time.
-func (l *lists) Lookup(addr netip.Addr) (score int, list string, listed bool) {
+func (l *Lists) Lookup(addr netip.Addr) (score int, list string, listed bool) {
 	t := l.table.Load()
 	addr = addr.Unmap()
 	if t.allow.Contains(addr) {
-		return bestScore, "", false
+		return BestScore, "", false
 	}
 	v, ok := t.scores.Lookup(addr)
 	if !ok {
-		return bestScore, "", false
+		return BestScore, "", false
 	}
 	return int(v.score), l.sources[v.list].name, true
 }
 
 // Stats returns the state of each list, in the order of the command line, allow lists last.
-func (l *lists) Stats() []listStats {
-	all := make([]listStats, len(l.sources))
+func (l *Lists) Stats() []Stats {
+	all := make([]Stats, len(l.sources))
 	for i, s := range l.sources {
 		all[i] = *s.stats.Load()
 	}
@@ -200,7 +203,7 @@ func (l *lists) Stats() []listStats {
 
 // Reload reads every file again, changed or not. Of a file that cannot be used the previous content stays in force;
 // the error, already logged, names all of these.
-func (l *lists) Reload() error {
+func (l *Lists) Reload() error {
 	return l.load(func(*source, os.FileInfo) bool { return true })
 }
 
@@ -208,7 +211,7 @@ func (l *lists) Reload() error {
 // replaced (by rename, or through the symbolic links of a Kubernetes volume) takes a watch of its own away with it.
 // Changes not seen from there, as to a bind-mounted file, to the target of a link, or in a directory that was itself
 // replaced, are found by polling.
-func (l *lists) Watch(ctx context.Context) error {
+func (l *Lists) Watch(ctx context.Context) error {
 	w, err := fsnotify.NewWatcher()
 	if err != nil {
 		level.Warn(l.logger).Log("msg", "cannot watch lists, polling only", "every", l.poll, "err", err)
@@ -216,7 +219,7 @@ func (l *lists) Watch(ctx context.Context) error {
 	}
 	defer w.Close()
 	for _, s := range l.sources {
-		dir := filepath.Dir(s.path)
+		dir := filepath.Dir(s.Path)
 		if slices.Contains(w.WatchList(), dir) {
 			continue
 		}
@@ -228,7 +231,7 @@ func (l *lists) Watch(ctx context.Context) error {
 }
 
 // watch looks at the files on every event and every poll, but at most once in the time a file has to settle.
-func (l *lists) watch(ctx context.Context, events <-chan fsnotify.Event, errs <-chan error) error {
+func (l *Lists) watch(ctx context.Context, events <-chan fsnotify.Event, errs <-chan error) error {
 	poll := time.NewTicker(l.poll)
 	defer poll.Stop()
 	pause := time.NewTimer(0) // the first look finds changes made since the load at start
@@ -257,7 +260,7 @@ func (l *lists) watch(ctx context.Context, events <-chan fsnotify.Event, errs <-
 }
 
 // look reads the files that differ from what was last read and no longer change. It reports whether others do.
-func (l *lists) look() (unsettled bool) {
+func (l *Lists) look() (unsettled bool) {
 	_ = l.load(func(s *source, fi os.FileInfo) bool { // load logs
 		changed, settled := !same(fi, s.tried), same(fi, s.seen)
 		s.seen = fi
@@ -276,10 +279,10 @@ func same(a, b os.FileInfo) bool {
 }
 
 // load reads the files that are due and puts what they hold in force, all at once. Only then it says so.
-func (l *lists) load(due func(*source, os.FileInfo) bool) error {
+func (l *Lists) load(due func(*source, os.FileInfo) bool) error {
 	type result struct {
 		source *source
-		stats  *listStats // if it could be read
+		stats  *Stats // if it could be read
 		err    error
 	}
 	var results []result
@@ -288,7 +291,7 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 		defer l.mu.Unlock()
 		swap := false
 		for _, s := range l.sources {
-			fi, err := os.Stat(s.path) // before reading, so that a change meanwhile is noticed
+			fi, err := os.Stat(s.Path) // before reading, so that a change meanwhile is noticed
 			if !due(s, fi) {
 				continue
 			}
@@ -315,7 +318,7 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 	var errs []error
 	for _, r := range results {
 		if r.err == nil {
-			level.Info(l.logger).Log("list", r.source.name, "msg", "list loaded", "file", r.source.path,
+			level.Info(l.logger).Log("list", r.source.name, "msg", "list loaded", "file", r.source.Path,
 				"entries", r.stats.Entries, "bad", r.stats.BadLines, "took", time.Since(r.stats.Loaded))
 		}
 		if l.onReload != nil {
@@ -327,7 +330,7 @@ func (l *lists) load(due func(*source, os.FileInfo) bool) error {
 }
 
 // read reads the file of s and returns what is to be said of it once it is in force, or leaves s as it is.
-func (l *lists) read(s *source, fi os.FileInfo) (*listStats, error) {
+func (l *Lists) read(s *source, fi os.FileInfo) (*Stats, error) {
 	start := time.Now()
 	logger := log.With(l.logger, "list", s.name)
 	c, err := s.readList(fi)
@@ -335,16 +338,16 @@ func (l *lists) read(s *source, fi os.FileInfo) (*listStats, error) {
 		level.Warn(logger).Log("msg", "bad line", "err", err)
 	}
 	if more := c.bad - len(c.errs); more > 0 {
-		level.Warn(logger).Log("msg", "more bad lines", "file", s.path, "count", more)
+		level.Warn(logger).Log("msg", "more bad lines", "file", s.Path, "count", more)
 	}
 	if err != nil {
 		return nil, err
 	}
 	if c.promised >= 0 && c.promised != c.records {
-		level.Warn(logger).Log("msg", "number of records differs from metadata", "file", s.path, "want", c.promised, "have", c.records)
+		level.Warn(logger).Log("msg", "number of records differs from metadata", "file", s.Path, "want", c.promised, "have", c.records)
 	}
 	if c.private.IsValid() && !l.allows {
-		level.Warn(logger).Log("msg", "list has private addresses, exempt yours with -allow", "file", s.path, "first", c.private)
+		level.Warn(logger).Log("msg", "list has private addresses, exempt yours with -allow", "file", s.Path, "first", c.private)
 	}
 	s.entries = c.entries
 	stats := *s.stats.Load()
@@ -356,7 +359,7 @@ func (l *lists) read(s *source, fi os.FileInfo) (*listStats, error) {
 }
 
 // failed counts and logs that s could not be read again. At start the error is the caller's to report.
-func (l *lists) failed(s *source, err error) {
+func (l *Lists) failed(s *source, err error) {
 	stats := *s.stats.Load()
 	if stats.Loaded.IsZero() {
 		return
@@ -366,7 +369,7 @@ func (l *lists) failed(s *source, err error) {
 	level.Error(l.logger).Log("msg", "list not reloaded, previous content stays in force", "list", s.name, "loaded", stats.Loaded, "err", err)
 }
 
-func (l *lists) build() *table {
+func (l *Lists) build() *table {
 	t := new(table)
 	for i, s := range l.sources {
 		for _, e := range s.entries {
@@ -404,14 +407,14 @@ type entry struct {
 // readList reads a file. Its content is never nil, but of use only without an error, except for what it says of bad lines.
 func (s *source) readList(fi os.FileInfo) (*content, error) {
 	if !fi.Mode().IsRegular() { // opening a pipe could wait for ever
-		return new(content), fmt.Errorf("%s: not a regular file", s.path)
+		return new(content), fmt.Errorf("%s: not a regular file", s.Path)
 	}
-	f, err := os.Open(s.path)
+	f, err := os.Open(s.Path)
 	if err != nil {
 		return new(content), err
 	}
 	defer f.Close()
-	return parseList(f, s.path, s.score, s.allow)
+	return parseList(f, s.Path, s.Score, s.allow)
 }
 
 // parseList reads a list in any of the formats that parseLine knows, even mixed.

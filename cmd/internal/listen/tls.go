@@ -1,0 +1,101 @@
+package listen
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+// TLS holds a server's certificate and the authorities of its clients. They may
+// be loaded again while in use. A nil *TLS stands for no TLS. Its errors name
+// the flags -tls-cert, -tls-key and -tls-client-ca.
+type TLS struct {
+	cert, key, clientCA string
+	current             atomic.Pointer[tls.Config]
+	reloads, failures   atomic.Uint64
+}
+
+// LoadTLS reads certificate and key, and the authorities whose clients alone are
+// let in, unless clientCA is empty.
+func LoadTLS(cert, key, clientCA string) (*TLS, error) {
+	t := &TLS{cert: cert, key: key, clientCA: clientCA}
+	if err := t.load(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// Reload reads the files again and puts what they hold in force for new
+// connections, or changes nothing.
+func (t *TLS) Reload() error {
+	err := t.load()
+	if err != nil {
+		t.failures.Add(1)
+	} else {
+		t.reloads.Add(1)
+	}
+	return err
+}
+
+func (t *TLS) load() error {
+	pair, err := tls.LoadX509KeyPair(t.cert, t.key)
+	if err != nil {
+		return fmt.Errorf("-tls-cert %s, -tls-key %s: %w", t.cert, t.key, err)
+	}
+	conf := &tls.Config{Certificates: []tls.Certificate{pair}}
+	if t.clientCA != "" {
+		if conf.ClientCAs, err = readAuthorities("-tls-client-ca", t.clientCA); err != nil {
+			return err
+		}
+		conf.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	t.current.Store(conf)
+	return nil
+}
+
+// readAuthorities reads certificates in PEM form. Its errors name the flag.
+func readAuthorities(flag, file string) (*x509.CertPool, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", flag, err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s %s: no certificate in it", flag, file)
+	}
+	return pool, nil
+}
+
+// Wrap returns l speaking TLS if it is a TCP listener, else l itself.
+func (t *TLS) Wrap(l net.Listener) net.Listener {
+	if t == nil || l.Addr().Network() != "tcp" {
+		return l
+	}
+	return tls.NewListener(l, &tls.Config{
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return t.current.Load(), nil },
+	})
+}
+
+// Expiry returns when the certificate in force runs out.
+func (t *TLS) Expiry() time.Time { return t.current.Load().Certificates[0].Leaf.NotAfter }
+
+// Reloads returns how many times Reload has succeeded, and failed.
+func (t *TLS) Reloads() (ok, failed uint64) { return t.reloads.Load(), t.failures.Load() }
+
+// Access says for the log who can reach a listener at addr.
+func (t *TLS) Access(addr net.Addr) string {
+	tcp, ok := addr.(*net.TCPAddr)
+	switch {
+	case ok && t != nil && t.clientCA != "":
+		return "clients with a certificate of " + t.clientCA
+	case !ok || tcp.IP.IsLoopback():
+		return "this machine only"
+	case t != nil:
+		return "whoever reaches this address: TLS without -tls-client-ca asks for no certificate"
+	}
+	return "whoever reaches this address: SPOP has no authentication"
+}

@@ -40,7 +40,7 @@ from 0 for the worst addresses to 100 for those on no list.
                 line names one; repeatable. Without any list scores are random
   -allow file   the addresses of this list score 100 whatever others say;
                 repeatable
-
+` + sourcesUsage + `
   -listen addr  listen here instead: host:port, unix:/path, or systemd, which
                 must have passed sockets then (any are used); repeatable
   -unix-mode m  permissions of unix sockets (default 0660)
@@ -75,6 +75,7 @@ type config struct {
 	frames     int
 	reputation lists.Files
 	allow      stringList
+	sources    sourceFlags
 	listen     listen.Addrs
 	unixMode   fileMode
 	cert       string
@@ -144,6 +145,7 @@ func (c *config) flags() *flag.FlagSet {
 	flags.IntVar(&c.frames, "f", 0, "")
 	flags.Var(&c.reputation, "reputation", "")
 	flags.Var(&c.allow, "allow", "")
+	c.sources.register(flags)
 	flags.Var(&c.listen, "listen", "")
 	flags.Var(&c.unixMode, "unix-mode", "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")
@@ -224,7 +226,7 @@ func (c *config) validate() error {
 			return fmt.Errorf("-allow %s: given twice", path)
 		}
 	}
-	return nil
+	return c.sources.validate()
 }
 
 func (c *config) logger(w io.Writer) log.Logger {

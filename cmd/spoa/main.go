@@ -58,7 +58,11 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	if err := serve(c, stderr); err != nil {
+	run := serve
+	if c.sources.replay != "" {
+		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
+	}
+	if err := run(c, stderr); err != nil {
 		fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 		return 1
 	}
@@ -74,13 +78,20 @@ func check(c *config) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	sources, err := c.openSources(l, log.NewNopLogger())
+	if err != nil {
+		return "", err
+	}
 	if _, err := c.loadTLS(); err != nil {
 		return "", err
 	}
-	if l == nil {
+	if l == nil && sources == nil {
 		return "configuration ok, no lists: scores are random", nil
 	}
-	entries, bad, all := 0, 0, l.Stats()
+	entries, bad, all := 0, 0, []lists.Stats(nil)
+	if l != nil {
+		all = l.Stats()
+	}
 	for _, s := range all {
 		entries += s.Entries
 		bad += s.BadLines
@@ -124,7 +135,8 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 type service struct {
 	config    *config
 	logger    log.Logger
-	lists     *lists.Lists // nil: scores are random
+	lists     *lists.Lists // nil: none
+	sources   *sources     // nil: none but lists
 	tls       *listen.TLS  // nil: none
 	agent     *spoa.Agent
 	status    *status.Status
@@ -142,12 +154,16 @@ func newService(c *config, logger log.Logger) (*service, error) {
 	if s.lists, err = c.openLists(logger); err != nil {
 		return nil, err
 	}
+	if s.sources, err = c.openSources(s.lists, logger); err != nil {
+		return nil, err
+	}
 	if s.tls, err = c.loadTLS(); err != nil {
 		return nil, err
 	}
 	s.status = status.New(status.Config{
 		Conns:    func() []spoa.ConnInfo { return s.agent.Conns() },
 		Lists:    s.lists,
+		Sources:  s.sources.combined(),
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
@@ -156,7 +172,12 @@ func newService(c *config, logger log.Logger) (*service, error) {
 	if c.metrics.Network != "" {
 		hooks = s.status.Hooks()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(s.lists, s.status.Judged)), hooks)
+	score := newScorer(s.lists, s.status.Judged)
+	if s.sources != nil {
+		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
+		s.sources.prepare(context.Background())
+	}
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -193,6 +214,7 @@ func serve(c *config, stderr io.Writer) error {
 	if s.lists != nil {
 		g.Add(actor(s.lists.Watch))
 	}
+	s.sources.addTo(&g)
 	s.notifySystemd(daemon.SdNotifyReady)
 	err = g.Run()
 	if errors.Is(err, run.ErrSignal) {
@@ -279,6 +301,7 @@ func (s *service) reloadOnce() {
 	if s.lists != nil {
 		_ = s.lists.Reload() // logs
 	}
+	s.sources.reloadAll()
 	if s.tls != nil {
 		if err := s.tls.Reload(); err != nil {
 			level.Error(s.logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))
@@ -293,18 +316,18 @@ func (s *service) notifySystemd(state string) {
 }
 
 // scorer sets the variables of an address.
-type scorer func(netip.Addr, *spoa.Actions)
+type scorer func(context.Context, netip.Addr, *spoa.Actions)
 
 // newScorer returns one that goes by lists, or by chance if there are none, and
 // reports to judged every verdict.
 func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
 	if l == nil {
-		return func(_ netip.Addr, a *spoa.Actions) {
+		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
 			judged("", false)
 			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
 		}
 	}
-	return func(ip netip.Addr, a *spoa.Actions) {
+	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
 		score, list, listed := l.Lookup(ip)
 		judged(list, listed)
 		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
@@ -334,7 +357,7 @@ func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
 			return nil
 		}
 		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ip, a)
+			score(ctx, ip, a)
 		}
 		return nil
 	}

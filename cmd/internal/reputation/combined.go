@@ -17,6 +17,7 @@ type Verdict struct {
 	Subject
 	State    State  // NotListed, Listed or Allowed
 	Score    uint8  // the worst of all findings; BestScore if the address is allowed or not listed
+	Source   string // name of the source that decided
 	Reason   string // of the finding that decided
 	Decision string // of the worst finding that has one; none if the address is allowed
 	Sources  string // names, joined by commas, of the sources that list the address, or allow it
@@ -31,7 +32,7 @@ type Combined struct {
 	locators []Locator
 	sources  []Source
 	counts   []counts // of each source
-	names    joiner
+	names    Joiner
 }
 
 type counts struct{ listed, missing atomic.Uint64 }
@@ -96,47 +97,56 @@ func (v *Verdict) settled() bool {
 	return v.State == Allowed || v.State == Listed && v.Score == 0
 }
 
-// add combines v with what source i found.
+// add counts what source i found and combines v with it.
 func (c *Combined) add(v *Verdict, i int, f Finding) {
 	switch f.State {
 	case Unknown, Pending:
 		c.counts[i].missing.Add(1)
-		v.Missing = c.names.join(v.Missing, f.Source)
-	case Allowed:
-		if v.State != Allowed {
-			v.State, v.Score, v.Reason, v.Decision, v.Sources = Allowed, BestScore, f.Reason, "", ""
-		}
-		v.Sources = c.names.join(v.Sources, f.Source)
 	case Listed:
 		c.counts[i].listed.Add(1)
+	}
+	c.combine(v, f)
+}
+
+// combine combines v with a finding.
+func (c *Combined) combine(v *Verdict, f Finding) {
+	switch f.State {
+	case Unknown, Pending:
+		v.Missing = c.names.list(v.Missing, f.Source)
+	case Allowed:
+		if v.State != Allowed {
+			v.State, v.Score, v.Source, v.Reason, v.Decision, v.Sources = Allowed, BestScore, f.Source, f.Reason, "", ""
+		}
+		v.Sources = c.names.list(v.Sources, f.Source)
+	case Listed:
 		if v.State == Allowed {
 			return
 		}
-		worse := v.State != Listed || f.Score < v.Score
 		if f.Decision != "" && (v.Decision == "" || f.Score < v.decisive) {
 			v.Decision, v.decisive = f.Decision, f.Score
 		}
-		if worse {
-			v.State, v.Score, v.Reason = Listed, f.Score, f.Reason
+		if v.State != Listed || f.Score < v.Score {
+			v.State, v.Score, v.Source, v.Reason = Listed, f.Score, f.Source, f.Reason
 		}
-		v.Sources = c.names.join(v.Sources, f.Source)
+		v.Sources = c.names.list(v.Sources, f.Source)
 	}
 }
 
-// Explain returns what each source says of the address, waiting for answers
-// until ctx ends. It counts nothing.
-func (c *Combined) Explain(ctx context.Context, addr netip.Addr) (Subject, []Finding) {
-	s := c.Locate(addr)
+// Explain returns the verdict on an address and what each source says of it,
+// waiting for answers until ctx ends. It counts nothing.
+func (c *Combined) Explain(ctx context.Context, addr netip.Addr) (Verdict, []Finding) {
+	v := Verdict{Subject: c.Locate(addr), Score: BestScore}
 	all := make([]Finding, len(c.sources))
 	for i, source := range c.sources {
-		all[i] = source.Judge(ended, s) // so that all look for their answers at the same time
+		all[i] = source.Judge(ended, v.Subject) // so that all look for their answers at the same time
 	}
 	for i, source := range c.sources {
 		if all[i].State == Pending {
-			all[i] = source.Judge(ctx, s)
+			all[i] = source.Judge(ctx, v.Subject)
 		}
+		c.combine(&v, all[i])
 	}
-	return s, all
+	return v, all
 }
 
 // Locate returns the Subject of an address.
@@ -148,8 +158,14 @@ func (c *Combined) Locate(addr netip.Addr) Subject {
 	return s
 }
 
-// Report calls f for each source that is a Reporter, with what was counted of it.
+// Report calls f for each locator and then each source that is a Reporter, with
+// what was counted of it.
 func (c *Combined) Report(f func(Status, Counts)) {
+	for _, l := range c.locators {
+		if r, ok := l.(Reporter); ok {
+			f(r.Status(), Counts{})
+		}
+	}
 	for i, s := range c.sources {
 		if r, ok := s.(Reporter); ok {
 			f(r.Status(), Counts{c.counts[i].listed.Load(), c.counts[i].missing.Load()})

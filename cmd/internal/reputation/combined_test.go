@@ -79,16 +79,16 @@ func TestCombinedRule(t *testing.T) {
 	}{
 		"none":                    {nil, Verdict{Score: 100}},
 		"not listed":              {[]Source{clean}, Verdict{Score: 100}},
-		"listed":                  {[]Source{clean, bad}, Verdict{State: Listed, Score: 10, Reason: "bad: spam", Sources: "bad"}},
-		"worst wins, last":        {[]Source{bad, worse}, Verdict{State: Listed, Score: 0, Reason: "worse: attacks", Sources: "bad,worse"}},
-		"worst wins, first":       {[]Source{worse, bad}, Verdict{State: Listed, Score: 0, Reason: "worse: attacks", Sources: "worse,bad"}},
-		"first of equals":         {[]Source{worse, ban}, Verdict{State: Listed, Score: 0, Reason: "worse: attacks", Sources: "worse,cs2", Decision: "ban"}},
-		"decision of another":     {[]Source{worse, captcha}, Verdict{State: Listed, Score: 0, Reason: "worse: attacks", Sources: "worse,cs", Decision: "captcha"}},
-		"worst decision":          {[]Source{worse, captcha, ban}, Verdict{State: Listed, Score: 0, Reason: "worse: attacks", Sources: "worse,cs,cs2", Decision: "ban"}},
-		"worst decision, first":   {[]Source{ban, captcha}, Verdict{State: Listed, Score: 0, Reason: "cs2: ban", Sources: "cs2,cs", Decision: "ban"}},
-		"allow beats all, last":   {[]Source{ban, bad, allow}, Verdict{State: Allowed, Score: 100, Reason: "allow: office", Sources: "allow"}},
-		"allow beats all, first":  {[]Source{allow, ban, bad}, Verdict{State: Allowed, Score: 100, Reason: "allow: office", Sources: "allow"}},
-		"missing":                 {[]Source{gone, bad}, Verdict{State: Listed, Score: 10, Reason: "bad: spam", Sources: "bad", Missing: "gone"}},
+		"listed":                  {[]Source{clean, bad}, Verdict{State: Listed, Score: 10, Source: "bad", Reason: "bad: spam", Sources: "bad"}},
+		"worst wins, last":        {[]Source{bad, worse}, Verdict{State: Listed, Score: 0, Source: "worse", Reason: "worse: attacks", Sources: "bad,worse"}},
+		"worst wins, first":       {[]Source{worse, bad}, Verdict{State: Listed, Score: 0, Source: "worse", Reason: "worse: attacks", Sources: "worse,bad"}},
+		"first of equals":         {[]Source{worse, ban}, Verdict{State: Listed, Score: 0, Source: "worse", Reason: "worse: attacks", Sources: "worse,cs2", Decision: "ban"}},
+		"decision of another":     {[]Source{worse, captcha}, Verdict{State: Listed, Score: 0, Source: "worse", Reason: "worse: attacks", Sources: "worse,cs", Decision: "captcha"}},
+		"worst decision":          {[]Source{worse, captcha, ban}, Verdict{State: Listed, Score: 0, Source: "worse", Reason: "worse: attacks", Sources: "worse,cs,cs2", Decision: "ban"}},
+		"worst decision, first":   {[]Source{ban, captcha}, Verdict{State: Listed, Score: 0, Source: "cs2", Reason: "cs2: ban", Sources: "cs2,cs", Decision: "ban"}},
+		"allow beats all, last":   {[]Source{ban, bad, allow}, Verdict{State: Allowed, Score: 100, Source: "allow", Reason: "allow: office", Sources: "allow"}},
+		"allow beats all, first":  {[]Source{allow, ban, bad}, Verdict{State: Allowed, Score: 100, Source: "allow", Reason: "allow: office", Sources: "allow"}},
+		"missing":                 {[]Source{gone, bad}, Verdict{State: Listed, Score: 10, Source: "bad", Reason: "bad: spam", Sources: "bad", Missing: "gone"}},
 		"all missing is no score": {[]Source{gone, gone}, Verdict{Score: 100, Missing: "gone,gone"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -127,7 +127,7 @@ func TestCombinedBudget(t *testing.T) {
 				if took := time.Since(start); took != test.took*time.Millisecond {
 					t.Errorf("took: want %v, have %v", test.took*time.Millisecond, took)
 				}
-				have.Subject, have.Reason = Subject{}, ""
+				have.Subject, have.Source, have.Reason = Subject{}, "", ""
 				if have != test.want {
 					t.Errorf("want %+v\nhave %+v", test.want, have)
 				}
@@ -178,7 +178,10 @@ func TestCombinedExplain(t *testing.T) {
 		c := combine(t, 0, slow, bad, never)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		_, have := c.Explain(ctx, subject)
+		v, have := c.Explain(ctx, subject)
+		if v.Sources != "dns,bad" || v.Missing != "never" || v.Score != 0 {
+			t.Errorf("verdict: want score 0 by dns,bad without never, have %+v", v)
+		}
 		want := []Finding{slow.found, Finding(bad), {Source: "never", State: Pending}}
 		for i := range want {
 			if have[i] != want[i] {
@@ -194,17 +197,25 @@ type reporting struct{ fixed }
 
 func (r reporting) Status() Status { return Status{Name: r.Source, Kind: "test"} }
 
+type locating struct{ place }
+
+func (locating) Status() Status { return Status{Name: "place"} }
+
 func TestCombinedCounts(t *testing.T) {
-	c := combine(t, 0,
+	c, err := Combine(0, []Locator{locating{}, place{}}, []Source{
 		reporting{fixed{Source: "listed", State: Listed}},
 		reporting{fixed{Source: "unknown", State: Unknown}},
 		fixed{Source: "silent", State: Listed},
-		reporting{fixed{Source: "clean"}})
+		reporting{fixed{Source: "clean"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 3 {
 		c.Judge(t.Context(), subject)
 	}
 	c.Explain(t.Context(), subject)
-	want := map[string]Counts{"listed": {Listed: 3}, "unknown": {Missing: 3}, "clean": {}}
+	want := map[string]Counts{"listed": {Listed: 3}, "unknown": {Missing: 3}, "clean": {}, "place": {}}
 	have := map[string]Counts{}
 	c.Report(func(s Status, n Counts) { have[s.Name] = n })
 	if len(have) != len(want) {
@@ -244,10 +255,10 @@ func TestCombinedAllocatesNothing(t *testing.T) {
 
 // However many names there are, what is kept of them is bounded.
 func TestJoinerBounded(t *testing.T) {
-	var j joiner
+	var j Joiner
 	for i := range maxJoined + 10 {
 		name := strings.Repeat("x", i%70) + string(rune('a'+i/70))
-		if want, have := "a,"+name, j.join("a", name); have != want {
+		if want, have := "a,"+name, j.list("a", name); have != want {
 			t.Fatalf("want %q, have %q", want, have)
 		}
 	}

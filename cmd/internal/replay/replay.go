@@ -189,7 +189,7 @@ func (r *report) write(w io.Writer, below uint8) error {
 		return err
 	}
 	if r.without > 0 {
-		fmt.Fprintf(w, "%d lines have no address.\n", r.without)
+		fmt.Fprintf(w, "Lines without an address: %d.\n", r.without)
 	}
 	if len(r.sources) == 0 {
 		return nil

@@ -479,6 +479,9 @@ func readFrame(r *bufio.Reader, f *frame, maxSize uint32) error {
 	size := binary.BigEndian.Uint32(b)
 	switch {
 	case size < minFrameLen, size>>24 != 0: // text, TLS
+		if err := otherProtocol(b); err != nil {
+			return err
+		}
 		return fault(StatusInvalidFrame, "%q for the length of a frame", b)
 	case size > maxSize:
 		return fault(StatusFrameTooBig, "frame of %d bytes, negotiated are %d", size, maxSize)

@@ -11,7 +11,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/go-kit/log"
 	"github.com/oklog/run"
 	"github.com/spoa-go/spoa"
 )
@@ -207,40 +206,22 @@ func ExampleMessage_Decode() {
 	// spoa: message http-req: argument port: want uint16, have int64 70000
 }
 
-// The log of an agent goes to log/slog.
-func ExampleWithLogger() {
-	handler := slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
+// What the agent logs goes where the program's own lines go.
+func ExampleWithSlog() {
+	logger := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey {
 				return slog.Attr{} // the output is to be the same every day
 			}
 			return a
 		},
-	})
-	logger := slog.New(handler)
-	toSlog := log.LoggerFunc(func(keyvals ...any) error {
-		var rest []any
-		l, msg := slog.LevelInfo, ""
-		for i := 0; i+1 < len(keyvals); i += 2 {
-			switch k := fmt.Sprint(keyvals[i]); k {
-			case "level":
-				l.UnmarshalText([]byte(fmt.Sprint(keyvals[i+1])))
-			case "msg":
-				msg = fmt.Sprint(keyvals[i+1])
-			default:
-				rest = append(rest, k, keyvals[i+1])
-			}
-		}
-		logger.Log(context.Background(), l, msg, rest...)
-		return nil
-	})
-
+	}))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
-	agent := spoa.New(spoa.WithLogger(toSlog), spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	agent := spoa.New(spoa.WithSlog(logger), spoa.WithHandlerFunc("check-client-ip", checkClientIP))
 	go agent.Serve(ln)
 	defer agent.Close()
 	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
@@ -251,4 +232,20 @@ func ExampleWithLogger() {
 	client.Notify(context.Background(), spoa.NewMessage("check-client-port"))
 	client.Close()
 	// Output: level=WARN msg="no handler for this message" message=check-client-port handled=check-client-ip
+}
+
+// Headers reads the argument of `args hdrs=req.hdrs` or `hdrs=req.hdrs_bin`.
+func ExampleValue_Headers() {
+	m := spoa.NewMessage("check-request",
+		spoa.Arg{Name: "hdrs", Value: spoa.String("host: example.org\r\naccept: text/html\r\n\r\n")})
+	header := make(http.Header)
+	for h, err := range m.Value("hdrs").Headers() {
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		header.Add(string(h.Name), string(h.Value))
+	}
+	fmt.Println(header)
+	// Output: map[Accept:[text/html] Host:[example.org]]
 }

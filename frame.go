@@ -1,6 +1,7 @@
 package spoa
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -108,14 +109,23 @@ func (s Status) String() string {
 	return "status " + strconv.FormatUint(uint64(s), 10)
 }
 
-// DisconnectError says why a connection ended. With Remote the peer said so in
-// a DISCONNECT frame; without, this side found the fault and told the peer.
+// DisconnectError says why a connection ended (SPOE.txt 3.2.8). With Remote the
+// peer said so in a DISCONNECT frame; without, this side found the fault and told
+// the peer.
 type DisconnectError struct {
-	Status  Status
-	Message string // what the peer or the decoder said beyond the status
-	Remote  bool
+	Status Status
+
+	// Message is what the peer or the decoder said beyond the status. The peer's
+	// words are as they came: up to a frame long, and of any bytes.
+	Message string
+
+	Remote bool
+
+	hint string // what to do, if it is not the status's
 }
 
+// Error returns the status in words and as a number, the message, and what can be
+// done about it.
 func (e *DisconnectError) Error() string {
 	var b strings.Builder
 	if e.Remote {
@@ -125,7 +135,11 @@ func (e *DisconnectError) Error() string {
 	if e.Message != "" && e.Message != e.Status.String() {
 		b.WriteString(": " + e.Message)
 	}
-	if hint := statusText[e.Status].hint; hint != "" {
+	hint := e.hint
+	if hint == "" {
+		hint = statusText[e.Status].hint
+	}
+	if hint != "" {
 		b.WriteString("; " + hint)
 	}
 	return b.String()
@@ -133,6 +147,36 @@ func (e *DisconnectError) Error() string {
 
 func fault(s Status, format string, args ...any) *DisconnectError {
 	return &DisconnectError{Status: s, Message: fmt.Sprintf(format, args...)}
+}
+
+// otherProtocols are the first bytes of peers that speak something else. As the
+// length of a frame each of them is too big.
+var otherProtocols = []struct{ prefix, name, hint string }{
+	{"GET ", "HTTP", httpHint}, {"HEAD", "HTTP", httpHint}, {"POST", "HTTP", httpHint}, {"PUT ", "HTTP", httpHint},
+	{"DELE", "HTTP", httpHint}, {"OPTI", "HTTP", httpHint}, {"CONN", "HTTP", httpHint}, {"TRAC", "HTTP", httpHint},
+	{"PATC", "HTTP", httpHint}, {"HTTP", "HTTP", httpHint}, {"PRI ", "HTTP/2", httpHint},
+	{"\x16\x03", "TLS", tlsHint}, {"\x15\x03", "TLS", tlsHint}, // a handshake; an alert
+	{"PROX", "the PROXY protocol", proxyHint}, {"\r\n\r\n", "the PROXY protocol", proxyHint}, // versions 1 and 2
+	{"SSH-", "SSH", "is it the right port?"},
+}
+
+const (
+	httpHint  = "is it the right port? HAProxy reaches an agent by the backend of a spoe-agent, and checks it with option spop-check"
+	tlsHint   = "use TLS on both sides or on neither, in HAProxy by ssl on the server line"
+	proxyHint = "remove send-proxy from HAProxy's server line"
+)
+
+// otherProtocol returns the fault of a peer whose first bytes, at least 4 of them,
+// are of a well-known protocol other than SPOP; nil if they are not.
+func otherProtocol(b []byte) *DisconnectError {
+	for _, p := range otherProtocols {
+		if bytes.HasPrefix(b, []byte(p.prefix)) {
+			e := fault(StatusInvalidFrame, "the peer speaks %s, not SPOP", p.name)
+			e.hint = p.hint
+			return e
+		}
+	}
+	return nil
 }
 
 // appendVarint appends v in the encoding of HAProxy's peers protocol
@@ -255,6 +299,9 @@ func Uint32(v uint32) Value { return Value{kind: KindUint32, lo: uint64(v)} }
 // Int64 returns an INT64, the only integer kind that HAProxy itself sends.
 func Int64(v int64) Value { return Value{kind: KindInt64, lo: uint64(v)} }
 
+// Int returns an INT64. It is short for Int64(int64(v)).
+func Int(v int) Value { return Int64(int64(v)) }
+
 // Uint64 returns a UINT64.
 func Uint64(v uint64) Value { return Value{kind: KindUint64, lo: v} }
 
@@ -344,11 +391,11 @@ func (v Value) Bytes() []byte {
 	return unsafe.Slice(unsafe.StringData(v.s), len(v.s))
 }
 
-// String returns v in readable form, of any kind. It is a copy.
+// String returns v in readable form, of any kind, NULL as "<null>". It is a copy.
 func (v Value) String() string {
 	switch v.kind {
 	case KindNull:
-		return "null"
+		return "<null>"
 	case KindBool:
 		return strconv.FormatBool(v.lo == 1)
 	case KindInt32, KindInt64:
@@ -362,10 +409,86 @@ func (v Value) String() string {
 	return strings.Clone(v.s)
 }
 
+// Format formats what String returns. The verb q quotes a STRING or BINARY, but
+// no other kind, so that NULL cannot be taken for a string.
+func (v Value) Format(s fmt.State, verb rune) {
+	if verb == 'q' && !v.isText() {
+		verb = 's'
+	}
+	fmt.Fprintf(s, fmt.FormatString(s, verb), v.String())
+}
+
+// Equal reports whether v and w are of the same kind and have the same value.
+// Int32(1) and Int64(1) are not equal. With it, go-cmp compares Values.
+func (v Value) Equal(w Value) bool {
+	return v.kind == w.kind && v.hi == w.hi && v.lo == w.lo && v.s == w.s
+}
+
 // Clone returns a Value that stays valid after the handler has returned.
 func (v Value) Clone() Value {
 	v.s = strings.Clone(v.s)
 	return v
+}
+
+// Header is a field of a header block. Both are views, as Value.Bytes returns.
+type Header struct{ Name, Value []byte }
+
+// Headers iterates over the header fields in an argument of HAProxy's req.hdrs or
+// res.hdrs, a STRING, or req.hdrs_bin or res.hdrs_bin, a BINARY, in their order.
+// There are none in NULL. Values come without spaces around them. It ends with an
+// error, and no Header, where the block is malformed or cut short; what it has
+// given before stands. It allocates nothing but that error, and takes as much
+// time as the block has bytes.
+func (v Value) Headers() iter.Seq2[Header, error] {
+	return func(yield func(Header, error) bool) {
+		cut, b := cutHeader, v.Bytes()
+		switch v.kind {
+		case KindNull:
+			return
+		case KindBinary:
+			cut = cutHeaderBin
+		case KindString:
+		default:
+			yield(Header{}, fmt.Errorf("spoa: header block: want string or binary, have %v", v.kind))
+			return
+		}
+		for rest := b; ; {
+			h, after, ok := cut(rest)
+			switch {
+			case !ok:
+				yield(Header{}, fmt.Errorf("spoa: header block: malformed or cut short at byte %d of %d: %.40q", len(b)-len(rest), len(b), rest))
+				return
+			case len(h.Name) == 0 && len(after) > 0:
+				yield(Header{}, fmt.Errorf("spoa: header block: %d bytes after its end", len(after)))
+				return
+			case len(h.Name) == 0 || !yield(h, nil):
+				return
+			}
+			rest = after
+		}
+	}
+}
+
+// cutHeader takes a line, "name: value", from the beginning of b. An empty one
+// ends the block: the Header has no name then.
+func cutHeader(b []byte) (h Header, rest []byte, ok bool) {
+	line, rest, ok := bytes.Cut(b, []byte("\r\n"))
+	if !ok || len(line) == 0 {
+		return h, rest, ok
+	}
+	h.Name, h.Value, ok = bytes.Cut(line, []byte(":"))
+	h.Value = bytes.Trim(h.Value, " \t")
+	return h, rest, ok && len(h.Name) > 0
+}
+
+// cutHeaderBin takes a name and a value, each with its length, from the beginning
+// of b. Two empty ones end the block.
+func cutHeaderBin(b []byte) (h Header, rest []byte, ok bool) {
+	if h.Name, rest, ok = cutString(b); !ok {
+		return h, nil, false
+	}
+	h.Value, rest, ok = cutString(rest)
+	return h, rest, ok && (len(h.Name) > 0 || len(h.Value) == 0)
 }
 
 // viewString returns a string that shares b's memory.
@@ -771,7 +894,10 @@ var (
 
 // intern returns b as a string that may be kept.
 func (t *names) intern(b []byte) string {
-	if len(b) == 0 || len(b) > maxNameLen {
+	switch {
+	case len(b) == 0:
+		return ""
+	case len(b) > maxNameLen:
 		return string(b)
 	}
 	hash := maphash.Bytes(nameSeed, b)
@@ -842,20 +968,25 @@ func (m *Message) Len() int { return m.count }
 
 // Arg returns the argument at position i, from 0 to Len()-1; elsewhere the zero
 // Arg. It reads past those before it: Args and Decode read each but once.
-func (m *Message) Arg(i int) Arg {
+func (m *Message) Arg(i int) (a Arg) {
 	if i < 0 || i >= m.count {
-		return Arg{}
+		return a
 	}
-	b, ok := skipArgs(m.args, i)
+	b := m.args
+	if i > 0 {
+		b, _ = skipArgs(b, i)
+	}
+	name, rest, ok := cutString(b)
 	if !ok {
+		return a
+	}
+	if _, ok = cutValue(rest, &a.Value); !ok {
 		return Arg{}
 	}
-	var v Value
-	name, _, ok := cutKV(b, &v)
-	if !ok {
-		return Arg{}
+	if len(name) > 0 {
+		a.Name = interned.intern(name)
 	}
-	return Arg{interned.intern(name), v}
+	return a
 }
 
 // Lookup returns the first argument of that name.
@@ -875,6 +1006,13 @@ func (m *Message) Lookup(name string) (Value, bool) {
 		}
 	}
 	return Value{}, false
+}
+
+// Value returns the value of the first argument of that name, NULL if there is
+// none. Lookup tells an absent argument from one that is NULL.
+func (m *Message) Value(name string) Value {
+	v, _ := m.Lookup(name)
+	return v
 }
 
 // Args iterates over the arguments in their order.
@@ -898,15 +1036,16 @@ func appendMessage(b []byte, m *Message) []byte {
 	return append(b, m.args[:len(m.args)-len(rest)]...)
 }
 
-// notify is a NOTIFY, whose payload has been checked and is decoded bit by bit:
-// decoded as a whole, many small arguments would take 25 times their bytes. Its
-// messages are handled one after the other, so one Message does for all.
+// notify is a NOTIFY. Its payload is checked as a whole, but decoded only as it
+// is read: many small arguments would take 25 times their bytes. Its messages are
+// handled one after the other, so one Message does for all.
 type notify struct {
 	stream, id uint64
 	engine     string
 	payload    []byte
-	current    Message // the one that nextMessage cut off last
-	left       int     // messages that are still to be cut off
+	current    Message
+	begun      bool // nextMessage has returned the first
+	left       int  // messages that nextMessage has yet to return
 }
 
 var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
@@ -914,14 +1053,16 @@ var errNotify = fault(StatusInvalidFrame, "malformed NOTIFY")
 // decode makes b, if it is well-formed, the payload of n. Messages and Values
 // are views of it.
 func (n *notify) decode(b []byte) error {
-	n.payload, n.left = b, 0
-	n.current.args, n.current.count, n.current.from = b, -1, n
+	n.payload, n.begun, n.left = b, false, 0
 	for len(b) > 0 {
-		_, count, rest, ok := cutMessage(b)
+		name, count, args, ok := cutMessage(b)
 		if !ok {
 			return errNotify
 		}
-		if b, ok = skipArgs(rest, count); !ok {
+		if n.left == 0 {
+			n.setCurrent(name, count, args)
+		}
+		if b, ok = skipArgs(args, count); !ok {
 			return errNotify
 		}
 		n.left++
@@ -936,17 +1077,21 @@ func (n *notify) nextMessage() bool {
 		return false
 	}
 	n.left--
-	m := &n.current
-	b := m.args
-	if m.count >= 0 {
-		b, _ = skipArgs(b, m.count)
+	if n.begun {
+		b, _ := skipArgs(n.current.args, n.current.count)
+		name, count, args, _ := cutMessage(b)
+		n.setCurrent(name, count, args)
 	}
-	name, count, args, _ := cutMessage(b)
-	if m.name != string(name) {
-		m.name = interned.intern(name)
+	n.begun = true
+	return true
+}
+
+func (n *notify) setCurrent(name []byte, count int, args []byte) {
+	m := &n.current
+	if m.name != string(name) || m.from != n {
+		m.name, m.from = interned.intern(name), n
 	}
 	m.count, m.args = count, args
-	return true
 }
 
 // names iterates over the names of all messages. Another goroutine may call
@@ -970,26 +1115,66 @@ func (n *notify) release() {
 }
 
 // cutMessage takes the name of a message and the number of its arguments from
-// the beginning of b; the rest begins with the arguments.
-func cutMessage(b []byte) (name []byte, count int, rest []byte, ok bool) {
-	name, rest, ok = cutString(b)
-	if !ok || len(rest) == 0 {
+// the beginning of b; args begins with the arguments.
+func cutMessage(b []byte) (name []byte, count int, args []byte, ok bool) {
+	name, args, ok = cutString(b)
+	if !ok || len(args) == 0 {
 		return nil, 0, nil, false
 	}
-	count, rest = int(rest[0]), rest[1:]
-	return name, count, rest, len(rest) >= 2*count // an argument has a name's length and a type
+	return name, int(args[0]), args[1:], true
 }
 
 // skipArgs returns b without the n arguments at its beginning. It reports
 // whether they are well-formed.
 func skipArgs(b []byte, n int) (rest []byte, ok bool) {
 	for range n {
+		size := shortArg(b)
+		if size > 0 {
+			b = b[size:]
+			continue
+		}
 		var v Value
 		if _, b, ok = cutKV(b, &v); !ok {
 			return nil, false
 		}
 	}
 	return b, true
+}
+
+// shortArg returns the size of the argument at the beginning of b if its name and
+// its value are short, as nearly all are; otherwise, or if it is malformed, 0.
+func shortArg(b []byte) int {
+	if len(b) < 2 || b[0] >= 240 {
+		return 0
+	}
+	at := 1 + int(b[0]) // of the type
+	if at >= len(b) {
+		return 0
+	}
+	size := at + 1
+	switch Kind(b[at] & 0x0f) {
+	case KindNull, KindBool:
+	case KindInt32, KindUint32, KindInt64, KindUint64:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size++
+	case KindIPv4:
+		size += 4
+	case KindIPv6:
+		size += 16
+	case KindString, KindBinary:
+		if size == len(b) || b[size] >= 240 {
+			return 0
+		}
+		size += 1 + int(b[size])
+	default:
+		return 0
+	}
+	if size > len(b) {
+		return 0
+	}
+	return size
 }
 
 // Decode fills the struct that dst points to from the arguments. Fields are
@@ -1025,37 +1210,9 @@ func (m *Message) Decode(dst any) error {
 	if len(plan.fields) > len(few) {
 		seen = make([]bool, len(plan.fields))
 	}
-	base, b := p.UnsafePointer(), m.args
-	guess, at := 0, plan.named // the next field by name, the next by position
-	for i := range m.count {
-		var v Value
-		name, rest, ok := cutKV(b, &v)
-		if !ok {
-			break
-		}
-		b = rest
-		for ; at < len(plan.fields) && plan.fields[at].pos == i; at++ {
-			seen[at] = true
-			if err := plan.fields[at].set(m, base, v); err != nil {
-				return err
-			}
-		}
-		j := guess
-		if j >= plan.named || plan.fields[j].name != string(name) {
-			if j, ok = plan.byName[string(name)]; !ok {
-				continue
-			}
-		}
-		if seen[j] {
-			continue // the first of a name counts
-		}
-		for ; j < plan.named && plan.fields[j].name == string(name); j++ {
-			seen[j] = true
-			if err := plan.fields[j].set(m, base, v); err != nil {
-				return err
-			}
-		}
-		guess = j
+	base := p.UnsafePointer()
+	if err := plan.fill(m, base, seen); err != nil {
+		return err
 	}
 	for i := range plan.fields {
 		if f := &plan.fields[i]; !seen[i] {
@@ -1064,6 +1221,45 @@ func (m *Message) Decode(dst any) error {
 			}
 			f.clear(base)
 		}
+	}
+	return nil
+}
+
+// fill stores the arguments of m in the fields of the struct at base, and marks
+// the fields that have one as seen. It reads each argument once. Arguments that
+// come in the order of the fields need no search.
+func (p *decodePlan) fill(m *Message, base unsafe.Pointer, seen []bool) error {
+	b := m.args
+	named, at := 0, p.named // the next field by name, the next by position
+	for i := range m.count {
+		var v Value
+		name, rest, ok := cutKV(b, &v)
+		if !ok {
+			break
+		}
+		b = rest
+		for ; at < len(p.fields) && p.fields[at].pos == i; at++ {
+			seen[at] = true
+			if err := p.fields[at].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		j := named
+		if j >= p.named || p.fields[j].name != string(name) {
+			if j, ok = p.byName[string(name)]; !ok {
+				continue
+			}
+		}
+		if seen[j] {
+			continue // the first of a name counts
+		}
+		for ; j < p.named && p.fields[j].name == string(name); j++ {
+			seen[j] = true
+			if err := p.fields[j].set(m, base, v); err != nil {
+				return err
+			}
+		}
+		named = j
 	}
 	return nil
 }
@@ -1354,6 +1550,9 @@ func (a Action) String() string {
 	if a.Unset {
 		return fmt.Sprintf("unset-var %v.%s", a.Scope, a.Name)
 	}
+	if a.Value.kind == KindNull {
+		return fmt.Sprintf("set-var %v.%s null", a.Scope, a.Name)
+	}
 	return fmt.Sprintf("set-var %v.%s %v %v", a.Scope, a.Name, a.Value.kind, a.Value)
 }
 
@@ -1515,7 +1714,10 @@ func describe(b []byte) string {
 			fmt.Fprintf(&s, " %s(", n.current.name)
 			separator := ""
 			for name, v := range n.current.Args() {
-				fmt.Fprintf(&s, "%s%s=%v %q", separator, name, v.kind, v.String())
+				fmt.Fprintf(&s, "%s%s=%v", separator, name, v.kind)
+				if v.kind != KindNull {
+					fmt.Fprintf(&s, " %q", v)
+				}
 				separator = ", "
 			}
 			s.WriteString(")")

@@ -87,7 +87,7 @@ func (r *slow) value() string {
 	b := r.byte()
 	switch b & 15 {
 	case 0:
-		return "null null"
+		return "null <null>"
 	case 1:
 		return fmt.Sprint("bool ", b>>4&1 == 1)
 	case 2:
@@ -226,7 +226,7 @@ func checkAccessors(t *testing.T, v Value) {
 	if b := v.Bytes(); text && string(b) != v.String() || !text && b != nil {
 		t.Errorf("%s: Bytes: have %q", words(v), b)
 	}
-	if c := v.Clone(); !same(v, c) {
+	if c := v.Clone(); !v.Equal(c) {
 		t.Errorf("%s: Clone: have %s", words(v), words(c))
 	}
 }
@@ -386,6 +386,30 @@ func FuzzNotify(f *testing.F) {
 		}
 		if !bytes.Equal(b, payload) {
 			t.Fatalf("%q: want the payload as it was, have %q", b, payload)
+		}
+	})
+}
+
+func FuzzHeaders(f *testing.F) {
+	f.Add([]byte("host: example.org\r\nempty:\r\n\r\n"))
+	f.Add(bin("host", "example.org", "empty", "", "", "").Bytes())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for _, v := range []Value{String(string(b)), Binary(b)} {
+			var list []string
+			failed := false
+			for h, err := range v.Headers() {
+				if failed {
+					t.Fatalf("%v %q: want nothing after an error, have %q", v.Kind(), b, h.Name)
+				}
+				if failed = err != nil; !failed {
+					list = append(list, string(h.Name), string(h.Value))
+				}
+			}
+			if v.Kind() == KindBinary && !failed {
+				if again := bin(append(list, "", "")...); !bytes.Equal(b, again.Bytes()) {
+					t.Fatalf("%q: want the same again, have %q", b, again.Bytes())
+				}
+			}
 		}
 	})
 }

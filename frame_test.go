@@ -1,12 +1,15 @@
 package spoa
 
 import (
+	"bufio"
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
 	"net/netip"
+	"net/textproto"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -18,6 +21,40 @@ import (
 	"testing"
 	"unsafe"
 )
+
+func TestOtherProtocol(t *testing.T) {
+	for _, tt := range []struct{ bytes, want string }{
+		{"GET / HTTP/1.1\r\n", "HTTP"}, {"POST /", "HTTP"}, {"HEAD /", "HTTP"}, {"PUT /", "HTTP"}, {"DELETE /", "HTTP"},
+		{"OPTIONS *", "HTTP"}, {"CONNECT a:1", "HTTP"}, {"TRACE /", "HTTP"}, {"PATCH /", "HTTP"}, {"HTTP/1.1 400 Bad Request", "HTTP"},
+		{"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2"},
+		{"\x16\x03\x01\x02\x00\x01", "TLS"}, {"\x15\x03\x03\x00\x02\x02\x0a", "TLS"},
+		{"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n", "the PROXY protocol"},
+		{"\r\n\r\n\x00\r\nQUIT\n\x21", "the PROXY protocol"},
+		{"SSH-2.0-OpenSSH_9.9\r\n", "SSH"},
+		{"\x00\x00\x00\x7d\x01", ""}, {"\x00\x03\x16\x03", ""}, {"\x16\x04\x00\x00", ""}, {"GETS", ""}, {"\x00\x00\x00\x00", ""},
+	} {
+		have := otherProtocol([]byte(tt.bytes))
+		switch {
+		case tt.want == "":
+			if have != nil {
+				t.Errorf("%q: want nothing, have %v", tt.bytes, have)
+			}
+		case have == nil:
+			t.Errorf("%q: want %s, have nothing", tt.bytes, tt.want)
+		default:
+			words := "invalid frame received (4): the peer speaks " + tt.want + ", not SPOP; "
+			if text := have.Error(); !strings.HasPrefix(text, words) || strings.Contains(text, "really") || strings.Contains(text, "\n") {
+				t.Errorf("%q: want %s and what to do, have %s", tt.bytes, words, text)
+			}
+			if size := binary.BigEndian.Uint32([]byte(tt.bytes)); size <= defaultFrameSize {
+				t.Errorf("%q: want what is no length of a frame, have %d bytes", tt.bytes, size)
+			}
+		}
+		if other := otherProtocol([]byte(tt.bytes[:lengthSize])); (other == nil) != (have == nil) {
+			t.Errorf("%q: want the first 4 bytes to do, have %v", tt.bytes, other)
+		}
+	}
+}
 
 // ids encodes the ids of a frame.
 func ids(stream, id uint64) []byte { return appendVarint(appendVarint(nil, stream), id) }
@@ -31,14 +68,10 @@ func unhex(t testing.TB, s string) []byte {
 	return b
 }
 
-func same(a, b Value) bool {
-	return a.kind == b.kind && a.hi == b.hi && a.lo == b.lo && a.s == b.s
-}
-
-func sameArg(a, b Arg) bool { return a.Name == b.Name && same(a.Value, b.Value) }
+func sameArg(a, b Arg) bool { return a.Name == b.Name && a.Value.Equal(b.Value) }
 
 func sameAction(a, b Action) bool {
-	return a.Scope == b.Scope && a.Name == b.Name && a.Unset == b.Unset && same(a.Value, b.Value)
+	return a.Scope == b.Scope && a.Name == b.Name && a.Unset == b.Unset && a.Value.Equal(b.Value)
 }
 
 func mustDecode(t testing.TB, payload string) *notify {
@@ -174,7 +207,7 @@ func TestValueWire(t *testing.T) {
 		}
 		v := String("stale") // what a slot held before must not shine through
 		rest, ok := cutValue([]byte(tt.wire+"\x2a"), &v)
-		if !ok || string(rest) != "\x2a" || !same(tt.v, v) {
+		if !ok || string(rest) != "\x2a" || !tt.v.Equal(v) {
 			t.Errorf("%s: decode: want %v %v and 2a, have %v %v and %x, %v", tt.name, tt.v.kind, tt.v, v.kind, v, rest, ok)
 		}
 		for i := range len(tt.wire) {
@@ -226,7 +259,7 @@ func TestValueFlags(t *testing.T) {
 		{"\x18\x02ab", String("ab")},
 	} {
 		var v Value
-		if _, ok := cutValue([]byte(tt.wire), &v); !ok || !same(tt.want, v) {
+		if _, ok := cutValue([]byte(tt.wire), &v); !ok || !tt.want.Equal(v) {
 			t.Errorf("%x: want %v %v, have %v %v, %v", tt.wire, tt.want.kind, tt.want, v.kind, v, ok)
 		}
 	}
@@ -259,7 +292,7 @@ func TestValueAccessors(t *testing.T) {
 		bytes string
 		str   string
 	}{
-		{v: Value{}, kind: KindNull, str: "null"},
+		{v: Value{}, kind: KindNull, str: "<null>"},
 		{v: Bool(true), kind: KindBool, b: boolean{true, true}, str: "true"},
 		{v: Bool(false), kind: KindBool, b: boolean{false, true}, str: "false"},
 		{v: Int32(1), kind: KindInt32, i: integer{1, true}, u: unsigned{1, true}, str: "1"},
@@ -303,9 +336,162 @@ func TestValueAccessors(t *testing.T) {
 		if want, have := tt.str, tt.v.String(); want != have {
 			t.Errorf("%s: String: want %q, have %q", name, want, have)
 		}
-		if c := tt.v.Clone(); !same(tt.v, c) {
+		if c := tt.v.Clone(); !tt.v.Equal(c) {
 			t.Errorf("%s: Clone: want the same, have %v %v", name, c.kind, c)
 		}
+	}
+}
+
+func TestValueFormat(t *testing.T) {
+	for _, tt := range []struct {
+		format string
+		v      Value
+		want   string
+	}{
+		{"%v", Value{}, "<null>"},
+		{"%q", Value{}, "<null>"},
+		{"%v", String("null"), "null"},
+		{"%q", String("null"), `"null"`},
+		{"%q", Binary([]byte{0}), `"\x00"`},
+		{"%q", Int64(-1), "-1"},
+		{"%s", Bool(true), "true"},
+		{"%.2v", String("abc"), "ab"},
+		{"%5v|", Uint32(42), "   42|"},
+		{"%x", String("a"), "61"},
+	} {
+		if have := fmt.Sprintf(tt.format, tt.v); tt.want != have {
+			t.Errorf("%s of %v: want %s, have %s", tt.format, tt.v.Kind(), tt.want, have)
+		}
+	}
+}
+
+func TestValueEqual(t *testing.T) {
+	values := []Value{{}, Bool(false), Bool(true), Int32(1), Int64(1), Uint32(1), Uint64(1), Int(2), String("1"), String(""),
+		Binary([]byte("1")), Binary(nil), Addr(netip.MustParseAddr("0.0.0.1")), Addr(netip.MustParseAddr("::1")), Addr(netip.MustParseAddr("1::1"))}
+	for i, v := range values {
+		for j, w := range values {
+			if have := v.Equal(w.Clone()); have != (i == j) {
+				t.Errorf("%v %v, %v %v: want equal %v, have %v", v.Kind(), v, w.Kind(), w, i == j, have)
+			}
+		}
+	}
+}
+
+// headers returns the names and values of a header block, and its error.
+func headers(v Value) string {
+	var s []string
+	for h, err := range v.Headers() {
+		if err != nil {
+			s = append(s, err.Error())
+		} else {
+			s = append(s, fmt.Sprintf("%s=%s", h.Name, h.Value))
+		}
+	}
+	return strings.Join(s, "|")
+}
+
+func bin(names ...string) Value {
+	var b []byte
+	for _, name := range names {
+		b = appendString(b, name)
+	}
+	return Binary(b)
+}
+
+func TestHeaders(t *testing.T) {
+	long := strings.Repeat("x", 5000)
+	const malformed = "spoa: header block: malformed or cut short at byte "
+	for _, tt := range []struct {
+		name string
+		v    Value
+		want string
+	}{
+		{"NULL", Value{}, ""},
+		{"text", String("host: example.org\r\ncookie: a:b\r\nx:  y z\t\r\nempty:\r\n\r\n"), "host=example.org|cookie=a:b|x=y z|empty="},
+		{"text, none", String("\r\n"), ""},
+		{"text, long", String("a: " + long + "\r\n\r\n"), "a=" + long},
+		{"text, empty", String(""), malformed + `0 of 0: ""`},
+		{"text, no end", String("a: b\r\n"), "a=b|" + malformed + `6 of 6: ""`},
+		{"text, cut short", String("a: b\r\nc: d"), "a=b|" + malformed + `6 of 10: "c: d"`},
+		{"text, no colon", String("a: b\r\nc\r\n\r\n"), "a=b|" + malformed + `6 of 11: "c\r\n\r\n"`},
+		{"text, no name", String(": b\r\n\r\n"), malformed + `0 of 7: ": b\r\n\r\n"`},
+		{"text, more", String("a: b\r\n\r\nbody"), "a=b|spoa: header block: 4 bytes after its end"},
+		{"bin", bin("host", "example.org", "empty", "", "", ""), "host=example.org|empty="},
+		{"bin, none", bin("", ""), ""},
+		{"bin, long", bin("a", long, "", ""), "a=" + long},
+		{"bin, empty", Binary(nil), malformed + `0 of 0: ""`},
+		{"bin, no end", bin("a", "b"), "a=b|" + malformed + `4 of 4: ""`},
+		{"bin, cut short", bin("a", "b", "c"), "a=b|" + malformed + `4 of 6: "\x01c"`},
+		{"bin, length", Binary([]byte("\x01a\xff\xff\xff")), malformed + `0 of 5: "\x01a\xff\xff\xff"`},
+		{"bin, no name", bin("", "b", "", ""), malformed + `0 of 5: "\x00\x01b\x00\x00"`},
+		{"bin, more", bin("a", "b", "", "", "c"), "a=b|spoa: header block: 2 bytes after its end"},
+		{"another kind", Int64(1), "spoa: header block: want string or binary, have int64"},
+	} {
+		if have := headers(tt.v); tt.want != have {
+			t.Errorf("%s: want %.100s, have %.100s", tt.name, tt.want, have)
+		}
+		for range tt.v.Headers() {
+			break // must be possible anywhere
+		}
+	}
+}
+
+// blocks returns a block of n header fields, as a browser sends them, in both
+// forms.
+func blocks(n int) (text, binary Value) {
+	fields := []string{"host", "shop.example.org", "user-agent", "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+		"accept", "text/html,application/xhtml+xml", "accept-language", "en-GB,en;q=0.5", "accept-encoding", "gzip, deflate, br",
+		"cookie", "session=0123456789abcdef0123456789abcdef", "cache-control", "max-age=0", "connection", "keep-alive"}
+	var s strings.Builder
+	var list []string
+	for i := range n {
+		name, value := fields[2*i%len(fields)], fields[(2*i+1)%len(fields)]
+		fmt.Fprintf(&s, "%s: %s\r\n", name, value)
+		list = append(list, name, value)
+	}
+	return String(s.String() + "\r\n"), bin(append(list, "", "")...)
+}
+
+func TestHeadersAllocs(t *testing.T) {
+	text, binary := blocks(8)
+	for _, v := range []Value{text, binary} {
+		n := 0
+		wantAllocs(t, v.Kind().String(), 0, func() {
+			for h, err := range v.Headers() {
+				if err == nil && string(h.Name) == "cookie" {
+					n++
+				}
+			}
+		})
+		if n == 0 {
+			t.Errorf("%v: want a cookie, have none", v.Kind())
+		}
+	}
+}
+
+func BenchmarkHeaders(b *testing.B) {
+	for _, n := range []int{8, 40} {
+		text, binary := blocks(n)
+		for _, v := range []Value{text, binary} {
+			b.Run(fmt.Sprintf("%v/%d", v.Kind(), n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					for _, err := range v.Headers() {
+						if err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+			})
+		}
+		b.Run(fmt.Sprintf("textproto/%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := textproto.NewReader(bufio.NewReader(bytes.NewReader(text.Bytes()))).ReadMIMEHeader(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
@@ -883,7 +1069,7 @@ func TestMessage(t *testing.T) {
 		{"A", Value{}, false},
 		{"c", Value{}, false},
 	} {
-		if v, ok := m.Lookup(tt.name); ok != tt.ok || !same(tt.want, v) {
+		if v, ok := m.Lookup(tt.name); ok != tt.ok || !tt.want.Equal(v) {
 			t.Errorf("Lookup(%q): want %v %v, have %v %v", tt.name, tt.want, tt.ok, v, ok)
 		}
 	}
@@ -1059,6 +1245,136 @@ func TestDecodeField(t *testing.T) {
 	}
 }
 
+// A Value and a pointer tell what is absent, NULL and empty apart, also in a
+// struct that is used again.
+func TestDecodePresence(t *testing.T) {
+	var dst struct {
+		Value   Value       `spoe:"v,optional"`
+		Text    *string     `spoe:"v,optional"`
+		Null    Value       `spoe:"null"`
+		Pointer *int16      `spoe:"null"`
+		First   Value       `spoe:"#0"`
+		Again   *Value      // no tag
+		Addr    *netip.Addr `spoe:"ip,parse,optional"`
+	}
+	null, ip := Arg{"null", Value{}}, Arg{"ip", String("192.0.2.1")}
+	for _, tt := range []struct {
+		what string
+		args []Arg
+		want string
+	}{
+		{"a string", []Arg{{"v", String("x")}, null, ip}, `string "x" "x" ipv4 string`},
+		{"an empty one", []Arg{{"v", String("")}, null}, `string "" "" string`},
+		{"the first counts", []Arg{{"v", String("1")}, {"v", String("2")}, null}, `string "1" "1" string`},
+		{"NULL", []Arg{{"v", Value{}}, null}, `null <null> nil null`},
+		{"the first counts if it is NULL", []Arg{{"v", Value{}}, {"v", String("2")}, null}, `null <null> nil null`},
+		{"none", []Arg{null}, `null <null> nil null`},
+	} {
+		if err := NewMessage("m", tt.args...).Decode(&dst); err != nil {
+			t.Errorf("%s: %v", tt.what, err)
+			continue
+		}
+		have := fmt.Sprintf("%v %q ", dst.Value.Kind(), dst.Value)
+		if dst.Text == nil {
+			have += "nil "
+		} else {
+			have += strconv.Quote(*dst.Text) + " "
+		}
+		if dst.Addr != nil {
+			have += Addr(*dst.Addr).Kind().String() + " "
+		}
+		have += dst.First.Kind().String()
+		if tt.want != have || !dst.Null.Equal(Value{}) || dst.Pointer != nil {
+			t.Errorf("%s: want %s, have %s, with %v and %v for NULL", tt.what, tt.want, have, dst.Null, dst.Pointer)
+		}
+	}
+	for _, tt := range []struct {
+		args []Arg
+		want string
+	}{
+		{nil, "spoa: message m: argument null: want spoa.Value, have nothing"},
+		{[]Arg{{"null", Int64(1 << 15)}}, "spoa: message m: argument null: want int16, have int64 32768"},
+		{[]Arg{null, {"v", Int64(1)}}, "spoa: message m: argument v: want string, have int64 1"},
+	} {
+		dst.Text, dst.Pointer = nil, nil
+		if err := NewMessage("m", tt.args...).Decode(&dst); err == nil || err.Error() != tt.want || dst.Text != nil || dst.Pointer != nil {
+			t.Errorf("want %s and no value, have %v, %v and %v", tt.want, err, dst.Text, dst.Pointer)
+		}
+	}
+}
+
+// A Value is a view, so Decode allocates nothing for it.
+func TestDecodeView(t *testing.T) {
+	body := []byte("\x04body\x09\x05hello")
+	m := &Message{name: "m", count: 1, args: body}
+	var dst struct {
+		Body Value `spoe:"body"`
+	}
+	wantAllocs(t, "Decode a Value", 0, func() {
+		if err := m.Decode(&dst); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if &dst.Body.Bytes()[0] != &body[7] {
+		t.Error("want a view of the frame, have a copy")
+	}
+}
+
+func TestDecodeParse(t *testing.T) {
+	for _, tt := range []struct {
+		v    Value
+		want string
+	}{
+		{String("192.0.2.1"), "192.0.2.1"},
+		{String(" 2001:db8::1\t"), "2001:db8::1"}, // as a header field may have it
+		{Binary([]byte("::ffff:192.0.2.1")), "192.0.2.1"},
+		{Addr(netip.MustParseAddr("192.0.2.2")), "192.0.2.2"},
+		{String("192.0.2.1, 192.0.2.2"), "want netip.Addr, have string 192.0.2.1, 192.0.2.2"},
+		{String("fe80::1%eth0"), "want netip.Addr, have string fe80::1%eth0"},
+		{String(""), "want netip.Addr, have string "},
+		{Value{}, "want netip.Addr, have null"},
+		{Int64(1), "want netip.Addr, have int64 1"},
+	} {
+		var dst struct {
+			IP netip.Addr `spoe:"v,parse"`
+		}
+		have := ""
+		if err := NewMessage("m", Arg{"v", tt.v}).Decode(&dst); err != nil {
+			have = strings.TrimPrefix(err.Error(), "spoa: message m: argument v: ")
+		} else {
+			have = dst.IP.String()
+		}
+		if tt.want != have {
+			t.Errorf("%v %v: want %s, have %s", tt.v.Kind(), tt.v, tt.want, have)
+		}
+	}
+}
+
+// More fields than arguments, in any order, and many.
+func TestDecodeManyFields(t *testing.T) {
+	var fields []reflect.StructField
+	var args []Arg
+	for i := range 100 {
+		name := fmt.Sprintf("a%d", i)
+		fields = append(fields, reflect.StructField{Name: "A" + name, Type: reflect.TypeFor[int](), Tag: reflect.StructTag(`spoe:"` + name + `"`)})
+		args = append(args, Arg{name, Int(i)})
+	}
+	slices.Reverse(args)
+	p := reflect.New(reflect.StructOf(fields))
+	if err := NewMessage("m", args...).Decode(p.Interface()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range fields {
+		if have := p.Elem().Field(i).Int(); int64(i) != have {
+			t.Errorf("want %d, have %d", i, have)
+		}
+	}
+	err := NewMessage("m", args[1:]...).Decode(p.Interface())
+	if want := "spoa: message m: argument a99: want int, have nothing"; err == nil || err.Error() != want {
+		t.Errorf("want %s, have %v", want, err)
+	}
+}
+
 func TestDecodeErrors(t *testing.T) {
 	type byName struct {
 		V int `spoe:"ip_score"`
@@ -1087,6 +1403,12 @@ func TestDecodeErrors(t *testing.T) {
 	type badElem struct {
 		V []string `spoe:"v"`
 	}
+	type badParse struct {
+		V string `spoe:"v,parse"`
+	}
+	type badPointer struct {
+		V **int `spoe:"v"`
+	}
 	_ = unexported{}.v
 	m := NewMessage("check", Arg{"v", String("x")})
 	for _, tt := range []struct {
@@ -1099,6 +1421,8 @@ func TestDecodeErrors(t *testing.T) {
 		{new(optional), "spoa: message check: argument v: want int, have string x"},
 		{new(unexported), "spoa: spoa.unexported.v: has a tag but is not exported"},
 		{new(badOption), `spoa: spoa.badOption.V: tag "v,omitempty": unknown option omitempty`},
+		{new(badParse), `spoa: spoa.badParse.V: tag "v,parse": option parse is for netip.Addr, not for string`},
+		{new(badPointer), "spoa: spoa.badPointer.V: cannot decode into **int"},
 		{new(badPosition), `spoa: spoa.badPosition.V: tag "#x": want a position from #0 to #255`},
 		{new(farPosition), `spoa: spoa.farPosition.V: tag "#256": want a position from #0 to #255`},
 		{new(badType), "spoa: spoa.badType.V: cannot decode into float64"},
@@ -1165,7 +1489,7 @@ func TestActions(t *testing.T) {
 		{ScopeReq, "v", Value{}, false},
 		{ScopeProc, "", Value{}, false},
 	} {
-		if v, ok := a.Lookup(tt.scope, tt.name); ok != tt.ok || !same(tt.want, v) {
+		if v, ok := a.Lookup(tt.scope, tt.name); ok != tt.ok || !tt.want.Equal(v) {
 			t.Errorf("Lookup(%v, %q): want %v %v, have %v %v", tt.scope, tt.name, tt.want, tt.ok, v, ok)
 		}
 	}
@@ -1593,4 +1917,18 @@ func BenchmarkDecodeStruct(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkArg is all that the codec does for a NOTIFY with one address.
+func BenchmarkArg(b *testing.B) {
+	b.ReportAllocs()
+	var n notify
+	for b.Loop() {
+		if err := n.decode(ipPayload); err != nil || !n.nextMessage() {
+			b.Fatalf("want a message, have none, error %v", err)
+		}
+		if _, ok := n.current.Arg(0).Value.Addr(); !ok {
+			b.Fatal("want an address, have none")
+		}
+	}
 }

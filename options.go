@@ -1,12 +1,15 @@
 package spoa
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"time"
 
 	"github.com/go-kit/log"
+	"github.com/go-kit/log/level"
 )
 
 // Option is an option of New. A bad one is reported by Serve.
@@ -43,7 +46,7 @@ func newOptions(opts []Option) *options {
 		maxConns:     defaultMaxConns,
 		helloTimeout: 10 * time.Second,
 		writeTimeout: 10 * time.Second,
-		logger:       log.NewNopLogger(),
+		logger:       slogLogger{least: slog.LevelWarn},
 	}
 	for i, opt := range opts {
 		if opt == nil {
@@ -247,7 +250,83 @@ func WithFaultVar(s Scope, name string) Option {
 	}
 }
 
-// WithLogger sets where the agent logs to, in levels. Default: nowhere.
+// WithSlog makes the agent log to l. Levels are slog's; addresses, errors and
+// other values that can are given as strings.
+//
+// By default the agent logs warnings and errors to slog.Default, as an
+// http.Server without an ErrorLog does: an agent whose handlers fail lets
+// requests pass, which must not happen in silence. To silence it, give it
+// slog.New(slog.DiscardHandler).
+func WithSlog(l *slog.Logger) Option {
+	return func(o *options) {
+		if l == nil {
+			o.bad("WithSlog: nil logger")
+			return
+		}
+		o.logger = slogLogger{l, slog.LevelDebug}
+	}
+}
+
+// slogLogger is a log.Logger that logs to slog.
+type slogLogger struct {
+	logger *slog.Logger // nil: slog.Default at the time of each line
+	least  slog.Level
+}
+
+func (s slogLogger) Log(keyvals ...any) error {
+	logger := s.logger
+	if logger == nil {
+		logger = slog.Default()
+	}
+	ctx, l := context.Background(), slogLevel(keyvals)
+	if l < s.least || !logger.Enabled(ctx, l) {
+		return nil
+	}
+	r := slog.NewRecord(time.Now(), l, "", 0)
+	for i := 0; i+1 < len(keyvals); i += 2 {
+		switch k, v := keyvals[i], slogValue(keyvals[i+1]); k {
+		case level.Key():
+		case "msg":
+			r.Message = v.String()
+		default:
+			r.AddAttrs(slog.Attr{Key: fmt.Sprint(k), Value: v})
+		}
+	}
+	return logger.Handler().Handle(ctx, r)
+}
+
+func slogLevel(keyvals []any) slog.Level {
+	for i := 0; i+1 < len(keyvals); i += 2 {
+		if keyvals[i] == level.Key() {
+			switch keyvals[i+1] {
+			case level.DebugValue():
+				return slog.LevelDebug
+			case level.WarnValue():
+				return slog.LevelWarn
+			case level.ErrorValue():
+				return slog.LevelError
+			}
+		}
+	}
+	return slog.LevelInfo
+}
+
+// slogValue makes a string of what would become a struct or numbers in JSON.
+func slogValue(v any) slog.Value {
+	switch v := v.(type) {
+	case time.Duration:
+		return slog.DurationValue(v)
+	case error:
+		return slog.StringValue(v.Error())
+	case fmt.Stringer:
+		return slog.StringValue(v.String())
+	case []byte:
+		return slog.StringValue(string(v))
+	}
+	return slog.AnyValue(v)
+}
+
+// WithLogger makes the agent log to l, in levels. See WithSlog for the default.
 func WithLogger(l log.Logger) Option {
 	return func(o *options) {
 		if l == nil {

@@ -1,9 +1,12 @@
 package spoa
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"math"
+	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -46,6 +49,7 @@ func TestBadOptions(t *testing.T) {
 		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 64))},
 		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 1000))},
 		{"WithLogger", WithLogger(nil)},
+		{"WithSlog", WithSlog(nil)},
 		{"option 1 is nil", nil},
 	} {
 		ln := &failingListener{newMemListener(), errors.New("accepted"), make(chan time.Time, 1)}
@@ -270,7 +274,7 @@ func TestHooks(t *testing.T) {
 			t.Errorf("ConnClosed: want %+v, have %+v", want, p)
 		}
 		var d *DisconnectError
-		if err := <-errs; !errors.As(err, &d) || *d != (DisconnectError{StatusIO, "gone", true}) {
+		if err := <-errs; !errors.As(err, &d) || *d != (DisconnectError{Status: StatusIO, Message: "gone", Remote: true}) {
 			t.Errorf("ConnClosed: want what the peer said, have %v", err)
 		}
 	})
@@ -371,4 +375,56 @@ func TestConns(t *testing.T) {
 			t.Errorf("want none, have %v", have)
 		}
 	})
+}
+
+// slogLines returns a logger to JSON, without times, and what has been logged.
+func slogLines(least slog.Level) (*slog.Logger, *bytes.Buffer) {
+	var b bytes.Buffer
+	return slog.New(slog.NewJSONHandler(&b, &slog.HandlerOptions{Level: least, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey {
+			return slog.Attr{}
+		}
+		return a
+	}})), &b
+}
+
+func TestWithSlog(t *testing.T) {
+	logger, lines := slogLines(slog.LevelDebug)
+	l := log.With(newOptions([]Option{WithSlog(logger)}).logger, "peer", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 80})
+	level.Debug(l).Log("msg", "what", "err", errors.New("broken"), "n", 1, "took", time.Second, "stack", []byte("main.go"))
+	level.Info(l).Log("msg", "what", "err", nil)
+	level.Warn(l).Log("odd")
+	level.Error(l).Log("status", StatusIO, 1, true)
+	l.Log("msg", errors.New("no level"))
+	const peer = `"peer":"127.0.0.1:80"`
+	want := `{"level":"DEBUG","msg":"what",` + peer + `,"err":"broken","n":1,"took":1000000000,"stack":"main.go"}
+{"level":"INFO","msg":"what",` + peer + `,"err":null}
+{"level":"WARN","msg":"",` + peer + `,"odd":"(MISSING)"}
+{"level":"ERROR","msg":"",` + peer + `,"status":"I/O error","1":true}
+{"level":"INFO","msg":"no level",` + peer + `}
+`
+	if have := lines.String(); want != have {
+		t.Errorf("want\n%shave\n%s", want, have)
+	}
+	logger, lines = slogLines(slog.LevelError)
+	level.Warn(newOptions([]Option{WithSlog(logger)}).logger).Log("msg", "below the handler's level")
+	if have := lines.String(); have != "" {
+		t.Errorf("want nothing, have %s", have)
+	}
+}
+
+// What goes wrong is not lost where nobody has set a logger; the rest is.
+func TestDefaultLogger(t *testing.T) {
+	logger, lines := slogLines(slog.LevelDebug)
+	o := newOptions(nil)
+	old := slog.Default()
+	slog.SetDefault(logger) // later than the agent was made
+	defer slog.SetDefault(old)
+	level.Debug(o.logger).Log("msg", "debug")
+	level.Info(o.logger).Log("msg", "info")
+	level.Warn(o.logger).Log("msg", "warn")
+	level.Error(o.logger).Log("msg", "error")
+	if want, have := `{"level":"WARN","msg":"warn"}`+"\n"+`{"level":"ERROR","msg":"error"}`+"\n", lines.String(); want != have {
+		t.Errorf("want\n%shave\n%s", want, have)
+	}
 }

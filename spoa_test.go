@@ -2244,7 +2244,7 @@ func TestFragments(t *testing.T) {
 	payload := string(appendMessage(appendMessage(nil, NewMessage("one", Arg{"n", Uint64(math.MaxUint64)}, Arg{"long", String(strings.Repeat("s", 250))})),
 		NewMessage("two", Arg{"", Bool(true)}, Arg{"b", Binary([]byte("\x00\xff"))}, Arg{"null", Value{}})))
 	want := []string{fmt.Sprintf("one n=uint64:\"18446744073709551615\" long=string:%q", strings.Repeat("s", 250)),
-		`two =bool:"true" b=binary:"\x00\xff" null=null:"null"`}
+		`two =bool:"true" b=binary:"\x00\xff" null=null:"<null>"`}
 	h := ln.dial(t)
 	if agreed := h.hello(); !agreed.can("fragmentation") {
 		t.Fatalf("want fragmentation announced, have %+v", agreed)

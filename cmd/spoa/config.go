@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"net"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -35,11 +34,30 @@ from 0 for the worst addresses to 100 for those on no list.
   -t time       wait before each answer: 15 (milliseconds), or 10us, 15ms, 1s
   -f frames     close a connection after that many frames
 
-  -reputation file[=score]
-                the addresses of this list have that score (default 0) unless a
-                line names one; repeatable. Without any list scores are random
-  -allow file   the addresses of this list score 100 whatever others say;
+  -reputation list[=score][,column=kind][,field=name][,accept=fault]
+                the addresses of this list have that score (default 0);
+                repeatable. Without any list scores are random. A list is a
+                file, a directory or glob of files, a URL, or - for standard
+                input, in nearly any format. Between lists the worst score wins,
+                within one the longest prefix: 198.51.96.0/20 with 0 in one list
+                and 198.51.100.7 with 60 in another give 198.51.100.7 a 0, and
+                both in one list a 60
+      column    what a number behind an address is: score (0 is worst), badness
+                (100 is worst), 'count>=3' (listed from 3 on), or ignore.
+                Without it the number is not used, and a warning says so. A list
+                can say it too, before its first entry: # spoa: column=score
+      field     where CSV or JSON has this number
+      accept    take the list in spite of a fault for which it is refused: cut
+                (its end is missing), wide (it has a prefix such as 0.0.0.0/0),
+                shrunk (it lost more than half); several as cut+wide
+  -allow list[,accept=fault]
+                the addresses of this list score 100 whatever others say;
                 repeatable
+  -refresh time how often lists by URL are fetched (default 1h), or less often
+                if their makers ask for that
+  -cache dir    keep the last good copy of lists by URL here, for a start
+                without the network
+  -lookup addr  show what each list says of this address, and exit
 ` + sourcesUsage + `
   -listen addr  listen here instead: host:port, unix:/path, or systemd, which
                 must have passed sockets then (any are used); repeatable
@@ -74,7 +92,10 @@ type config struct {
 	delay      delay
 	frames     int
 	reputation lists.Files
-	allow      stringList
+	allow      lists.AllowFiles
+	refresh    time.Duration
+	cache      string
+	lookup     string
 	sources    sourceFlags
 	listen     listen.Addrs
 	unixMode   fileMode
@@ -145,6 +166,9 @@ func (c *config) flags() *flag.FlagSet {
 	flags.IntVar(&c.frames, "f", 0, "")
 	flags.Var(&c.reputation, "reputation", "")
 	flags.Var(&c.allow, "allow", "")
+	flags.DurationVar(&c.refresh, "refresh", time.Hour, "")
+	flags.StringVar(&c.cache, "cache", "", "")
+	flags.StringVar(&c.lookup, "lookup", "", "")
 	c.sources.register(flags)
 	flags.Var(&c.listen, "listen", "")
 	flags.Var(&c.unixMode, "unix-mode", "")
@@ -213,18 +237,8 @@ func (c *config) validate() error {
 	if _, err := level.Parse(c.logLevel); err != nil {
 		return fmt.Errorf("-log-level %q: want debug, info, warn or error", c.logLevel)
 	}
-	for i, f := range c.reputation {
-		if slices.ContainsFunc(c.reputation[:i], func(g lists.File) bool { return f.Path == g.Path }) {
-			return fmt.Errorf("-reputation %s: given twice", f.Path)
-		}
-	}
-	for i, path := range c.allow {
-		switch {
-		case path == "":
-			return errors.New("-allow: no file named")
-		case slices.Contains(c.allow[:i], path):
-			return fmt.Errorf("-allow %s: given twice", path)
-		}
+	if err := c.validateLists(); err != nil {
+		return err
 	}
 	return c.sources.validate()
 }
@@ -240,14 +254,6 @@ func (c *config) logger(w io.Writer) log.Logger {
 		least = level.DebugValue()
 	}
 	return level.NewFilter(log.With(logger, "ts", log.DefaultTimestampUTC), level.Allow(least))
-}
-
-// openLists loads the lists, and returns nil if there are none.
-func (c *config) openLists(logger log.Logger) (*lists.Lists, error) {
-	if len(c.reputation)+len(c.allow) == 0 {
-		return nil, nil
-	}
-	return lists.Open(logger, c.reputation, c.allow)
 }
 
 // loadTLS loads the certificates, and returns nil if there are none.

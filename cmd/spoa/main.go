@@ -59,7 +59,10 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	run := serve
-	if c.sources.replay != "" {
+	switch {
+	case c.lookup != "":
+		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
+	case c.sources.replay != "":
 		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
 	}
 	if err := run(c, stderr); err != nil {
@@ -71,33 +74,6 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 
 // oneLine is for errors that join several.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
-
-// check tries what serve would load.
-func check(c *config) (string, error) {
-	l, err := c.openLists(log.NewNopLogger())
-	if err != nil {
-		return "", err
-	}
-	sources, err := c.openSources(l, log.NewNopLogger())
-	if err != nil {
-		return "", err
-	}
-	if _, err := c.loadTLS(); err != nil {
-		return "", err
-	}
-	if l == nil && sources == nil {
-		return "configuration ok, no lists: scores are random", nil
-	}
-	entries, bad, all := 0, 0, []lists.Stats(nil)
-	if l != nil {
-		all = l.Stats()
-	}
-	for _, s := range all {
-		entries += s.Entries
-		bad += s.BadLines
-	}
-	return fmt.Sprintf("configuration ok, lists: %d, entries: %d, bad lines: %d", len(all), entries, bad), nil
-}
 
 const (
 	message       = "check-client-ip"
@@ -147,11 +123,11 @@ type service struct {
 }
 
 // newService loads the lists and certificates, and opens the listeners.
-func newService(c *config, logger log.Logger) (*service, error) {
+func newService(ctx context.Context, c *config, logger log.Logger) (*service, error) {
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
-	if s.lists, err = c.openLists(logger); err != nil {
+	if s.lists, err = c.openLists(ctx, logger); err != nil {
 		return nil, err
 	}
 	if s.sources, err = c.openSources(s.lists, logger); err != nil {
@@ -175,7 +151,9 @@ func newService(c *config, logger log.Logger) (*service, error) {
 	score := newScorer(s.lists, s.status.Judged)
 	if s.sources != nil {
 		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
-		s.sources.prepare(context.Background())
+		first, cancel := context.WithTimeout(ctx, prepareTimeout)
+		_ = s.sources.prepare(first) // logs; what is missing is pulled later
+		cancel()
 	}
 	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
@@ -200,8 +178,15 @@ func serve(c *config, stderr io.Writer) error {
 	defer signal.Stop(end)
 
 	logger := c.logger(stderr)
-	s, err := newService(c, logger)
-	if err != nil {
+	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	s, err := newService(opening, c, logger)
+	ended := opening.Err() != nil
+	opened()
+	switch {
+	case err != nil && ended:
+		level.Info(logger).Log("msg", "ended before it was ready")
+		return nil
+	case err != nil:
 		return err
 	}
 	var g run.Group
@@ -289,17 +274,17 @@ func (s *service) reload(ctx context.Context, hup <-chan os.Signal) error {
 			return nil
 		case <-hup:
 			s.notifySystemd(daemon.SdNotifyReloading + "\n" + daemon.SdNotifyMonotonicUsec())
-			s.reloadOnce()
+			s.reloadOnce(ctx)
 			s.notifySystemd(daemon.SdNotifyReady)
 		}
 	}
 }
 
 // reloadOnce logs what cannot be used; the old stays in force.
-func (s *service) reloadOnce() {
+func (s *service) reloadOnce(ctx context.Context) {
 	level.Info(s.logger).Log("msg", "reloading")
 	if s.lists != nil {
-		_ = s.lists.Reload() // logs
+		_ = s.lists.Reload(ctx) // logs
 	}
 	s.sources.reloadAll()
 	if s.tls != nil {
@@ -328,11 +313,15 @@ func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
 		}
 	}
 	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
-		score, list, listed := l.Lookup(ip)
-		judged(list, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
+		v := l.Lookup(ip)
+		listed := v.State == lists.Listed
+		if !listed {
+			v.List = ""
+		}
+		judged(v.List, listed)
+		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
 		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(list))
+			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
 		} else {
 			// A session of several requests may have had one before a reload.
 			a.UnsetVar(spoa.ScopeSess, "ip_list")

@@ -156,7 +156,7 @@ d
 	want := &config{
 		debug: true, frame: 500, port: 12345, workers: 8, caps: stringList{"async", "fragmentation"}, delay: delay(15 * time.Millisecond),
 		reputation: lists.Files{{Path: "drop.txt", Score: 20}}, listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}, unixMode: 0o600,
-		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, logFormat: "logfmt", logLevel: "info",
+		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
 	}
 	if !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v", want, have)
@@ -172,7 +172,7 @@ d
 
 func TestDefaults(t *testing.T) {
 	have, err := parse(nil)
-	want := &config{frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, logFormat: "logfmt", logLevel: "info"}
+	want := &config{frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info"}
 	if err != nil || !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v, %v", want, have, err)
 	}
@@ -230,9 +230,9 @@ func TestLogger(t *testing.T) {
 func TestCheckClientIP(t *testing.T) {
 	dir := t.TempDir()
 	drop, own := filepath.Join(dir, "drop.txt"), filepath.Join(dir, "own")
-	writeFile(t, drop, "192.0.2.0/24\n2001:db8::/32 35\n")
+	writeFile(t, drop, "# spoa: column=score\n192.0.2.0/24\n2001:db8::/32 35\n")
 	writeFile(t, own, "192.0.2.99\n")
-	l, err := lists.Open(log.NewNopLogger(), []lists.File{{Path: drop, Score: 10}}, []string{own})
+	l, err := lists.Open(t.Context(), lists.Options{Block: []lists.File{{Path: drop, Score: 10}}, Allow: []lists.File{{Path: own}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -599,7 +599,7 @@ func TestHUP(t *testing.T) {
 		}
 	}
 	t.Setenv("NOTIFY_SOCKET", notify)
-	a := startAgent(t, "127.0.0.1:0", "-reputation", list)
+	a := startAgent(t, "127.0.0.1:0", "-reputation", list+",column=score")
 	said(`READY=1`)
 	score := func() string {
 		c, err := spoa.Dial(t.Context(), "tcp", a.addr)

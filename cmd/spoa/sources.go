@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"text/tabwriter"
 	"time"
 
 	"github.com/go-kit/log"
@@ -137,8 +138,11 @@ type sources struct {
 	decisions bool                          // there is a CrowdSec
 }
 
-// watchInterval is how often files are looked at for changes.
-const watchInterval = time.Second
+const (
+	watchInterval  = time.Second     // how often files are looked at for changes
+	prepareTimeout = 2 * time.Second // how long a start waits for what sources must know
+	lookUpTimeout  = 5 * time.Second // how long -lookup waits for answers
+)
 
 // openSources opens all sources. It returns nil if there are none but lists, and
 // they are not monitored.
@@ -239,14 +243,62 @@ func (s *sources) openZones(f *sourceFlags) (all []reputation.Source, err error)
 	return all, nil
 }
 
-// prepare lets sources learn what they can before the first address comes. What
-// takes too long goes on later.
-func (s *sources) prepare(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
+// prepare lets sources learn what they must know before they can judge. Their
+// errors are logged and returned.
+func (s *sources) prepare(ctx context.Context) error {
+	var errs []error
 	for _, first := range s.first {
-		_ = first(ctx) // logs
+		errs = append(errs, first(ctx))
 	}
+	return errors.Join(errs...)
+}
+
+// count returns the number of sources that are no lists, places included.
+func (s *sources) count() (n int) {
+	if s == nil {
+		return 0
+	}
+	s.Report(func(reputation.Status, reputation.Counts) { n++ })
+	return n
+}
+
+// lookUp writes what all sources say of an address.
+func (s *sources) lookUp(w io.Writer, addr netip.Addr) error {
+	if err := s.prepare(context.Background()); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookUpTimeout)
+	defer cancel()
+	v, all := s.Explain(ctx, addr)
+	fmt.Fprintf(w, "%v: %v, score %d", v.Addr, v.State, v.Score)
+	for _, more := range []struct{ name, value string }{
+		{"", v.Reason}, {"decision ", v.Decision}, {"country ", v.Country}, {"network ", network(&v)}, {"without an answer of ", v.Missing},
+	} {
+		if more.value != "" {
+			fmt.Fprintf(w, ", %s%s", more.name, more.value)
+		}
+	}
+	fmt.Fprintln(w)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "\tSOURCE\tSTATE\tSCORE\tREASON")
+	for _, f := range all {
+		mark, score := "", ""
+		if f.Reason != "" && f.Reason == v.Reason {
+			mark = "*"
+		}
+		if f.State == reputation.Listed {
+			score = fmt.Sprint(f.Score)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%v\t%s\t%s\n", mark, f.Source, f.State, score, f.Reason)
+	}
+	return t.Flush()
+}
+
+func network(v *reputation.Verdict) string {
+	if v.ASN == 0 {
+		return ""
+	}
+	return strings.TrimSpace(fmt.Sprintf("AS%d %s", v.ASN, v.Org))
 }
 
 // addTo lets the sources run in a group.
@@ -280,7 +332,7 @@ func (s *sources) combined() *reputation.Combined {
 // replayLog judges the addresses of the log that -replay names.
 func replayLog(c *config, stdout, stderr io.Writer) error {
 	logger := c.logger(stderr)
-	l, err := c.openLists(logger)
+	l, err := c.openLists(context.Background(), logger)
 	if err != nil {
 		return err
 	}
@@ -288,10 +340,8 @@ func replayLog(c *config, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	for _, first := range s.first {
-		if err := first(context.Background()); err != nil {
-			return err
-		}
+	if err := s.prepare(context.Background()); err != nil {
+		return err
 	}
 	log := os.Stdin
 	if c.sources.replay != "-" {
@@ -373,11 +423,12 @@ type listSource struct {
 
 // Judge implements reputation.Source. It never waits.
 func (s listSource) Judge(_ context.Context, sub reputation.Subject) reputation.Finding {
-	score, list, listed := s.lists.Lookup(sub.Addr)
-	if !listed {
-		return reputation.Finding{Source: "lists"}
+	v := s.lists.Lookup(sub.Addr)
+	switch v.State {
+	case lists.Listed:
+		return reputation.Finding{Source: v.List, State: reputation.Listed, Score: v.Score, Reason: s.reasons.Join("list", " ", v.List)}
+	case lists.Allowed:
+		return reputation.Finding{Source: v.List, State: reputation.Allowed, Reason: s.reasons.Join("allow list", " ", v.List)}
 	}
-	return reputation.Finding{
-		Source: list, State: reputation.Listed, Score: uint8(score), Reason: s.reasons.Join("list", " ", list),
-	}
+	return reputation.Finding{Source: "lists"}
 }

@@ -35,7 +35,7 @@ it early, with the summary.
                 wrong
   -timeout T    for connecting, and for the last answers (default 5s)
   -json         print the summary as one line of JSON, latencies in µs
-
+` + tlsUsage + `
 ` + argsUsage + `
 A connection that ends is an error for each NOTIFY in flight, and is replaced.
 An answer that breaks the protocol is wrong, and ends its connection.

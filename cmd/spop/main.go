@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -36,7 +38,7 @@ to standard error. Exit status: 0 well, 1 refused, failed or no answer, 2 usage.
 const notifyUsage = `Usage: spop notify [-addr A] [-timeout T] [-n N] [-json] [-v] MESSAGE [NAME=]TYPE:VALUE...
 
 Sends MESSAGE with its arguments in a NOTIFY, as HAProxy does, and prints the
-actions of the answer, one per line; nothing if there are none:
+actions of the answer, one per line:
 
   $ spop notify check-client-ip src=ip:192.0.2.1
   set-var sess.ip_score int 42
@@ -46,9 +48,10 @@ actions of the answer, one per line; nothing if there are none:
   -n N         send it N times, one after the other (default 1)
   -json        print each answer as one line of JSON, with its latency in µs
   -v           show every frame on standard error
-
+` + tlsUsage + `
 ` + argsUsage + `
-Exit status: 0 answered, 1 refused or no answer, 2 usage.
+Exit status: 0 answered with actions, 1 refused, no answer, or no action in any
+(an agent that does not know MESSAGE sends none), 2 usage.
 `
 
 const checkUsage = `Usage: spop check [-addr A] [-timeout T] [-json] [-v]
@@ -60,7 +63,7 @@ agrees to. For scripts and the health checks of containers.
   -timeout T   for connecting and the answer (default 5s)
   -json        print one line of JSON
   -v           show every frame on standard error
-
+` + tlsUsage + `
 Exit status: 0 healthy, 1 not, 2 usage.
 `
 
@@ -122,6 +125,11 @@ type common struct {
 	timeout time.Duration
 	json    bool
 	verbose bool
+	tls     tlsFlags
+
+	tlsConfig *tls.Config // nil: plain
+	askOnce   sync.Once
+	asked     *protocolError // what asking in other protocols has found
 }
 
 func newCommon() *common {
@@ -130,6 +138,11 @@ func newCommon() *common {
 	c.Var(&c.addr, "addr", "")
 	c.DurationVar(&c.timeout, "timeout", 5*time.Second, "")
 	c.BoolVar(&c.json, "json", false, "")
+	c.BoolVar(&c.tls.on, "tls", false, "")
+	c.StringVar(&c.tls.ca, "tls-ca", "", "")
+	c.StringVar(&c.tls.cert, "tls-cert", "", "")
+	c.StringVar(&c.tls.key, "tls-key", "", "")
+	c.StringVar(&c.tls.name, "tls-name", "", "")
 	return c
 }
 
@@ -146,19 +159,8 @@ func (c *common) parse(args []string, help string) error {
 	case c.timeout <= 0:
 		return misuse("-timeout %v: want more than 0, such as 5s", c.timeout)
 	}
-	return nil
-}
-
-// dial connects to the agent and does the HELLO.
-func (c *common) dial(ctx context.Context) (*spoa.Client, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	conn, err := c.addr.Dial(ctx)
-	if err != nil {
-		return nil, c.explain(err)
-	}
-	client, err := spoa.NewClient(ctx, c.trace(conn))
-	return client, c.explain(err)
+	c.tlsConfig, err = c.tls.config(c.addr)
+	return err
 }
 
 func (c *common) trace(conn net.Conn) net.Conn {
@@ -207,31 +209,38 @@ func notify(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	all := 0
 	for range *n {
-		if err := c.notifyOnce(ctx, client, m); err != nil {
+		actions, err := c.notifyOnce(ctx, client, m)
+		if err != nil {
 			return c.explain(err) // an agent that owes an answer would be slow with a farewell too
 		}
+		all += actions
 	}
 	_ = client.Close() // all that was asked has been answered
+	if all == 0 {
+		return fmt.Errorf("no action in the answer: does the agent know the message %s?", printable(m.Name()))
+	}
 	return nil
 }
 
-func (c *common) notifyOnce(ctx context.Context, client *spoa.Client, m *spoa.Message) error {
+// notifyOnce prints the actions of one answer and returns their number.
+func (c *common) notifyOnce(ctx context.Context, client *spoa.Client, m *spoa.Message) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	start := time.Now()
 	actions, err := client.Notify(ctx, m)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if c.json {
 		took := float64(time.Since(start).Nanoseconds()) / 1e3
-		return printJSON(answerJSON{took, actionsJSON(actions)})
+		return len(actions), printJSON(answerJSON{took, actionsJSON(actions)})
 	}
 	for _, a := range actions {
 		fmt.Println(formatAction(a))
 	}
-	return nil
+	return len(actions), nil
 }
 
 func check(ctx context.Context, args []string) error {
@@ -243,15 +252,13 @@ func check(ctx context.Context, args []string) error {
 	if c.NArg() > 0 {
 		return misuse("unexpected argument %q: want flags only", c.Arg(0))
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	conn, err := c.addr.Dial(ctx)
+	var h spoa.AgentHello
+	err := c.greet(ctx, func(ctx context.Context, conn net.Conn) (err error) {
+		h, err = spoa.Probe(ctx, conn)
+		return err
+	})
 	if err != nil {
-		return c.explain(err)
-	}
-	h, err := spoa.Probe(ctx, c.trace(conn))
-	if err != nil {
-		return c.explain(err)
+		return err
 	}
 	if c.json {
 		return printJSON(newHelloJSON(h))

@@ -109,8 +109,6 @@ func TestNotify(t *testing.T) {
 	}
 	for _, tc := range []struct{ args, want string }{
 		{"unset", "unset-var req.x"},
-		{"echo", ""},
-		{"unknown-message", ""},
 		{"echo ip:192.0.2.1", "set-var txn.unnamed ip 192.0.2.1"},
 		{"echo a=ip:2001:db8::1", "set-var txn.a ip 2001:db8::1"},
 		{"echo a=ip:::ffff:192.0.2.1", "set-var txn.a ip 192.0.2.1"},
@@ -138,6 +136,12 @@ func TestNotify(t *testing.T) {
 			t.Errorf("%s: want %q, have %q, %q, status %d", tc.args, want, stdout, stderr, status)
 		}
 	}
+}
+
+func TestNotifyNoAction(t *testing.T) {
+	addr := agent(t)
+	wantFailure(t, 1, "does the agent know the message unknown?", "notify", "-addr", addr, "unknown")
+	wantFailure(t, 1, `does the agent know the message "two\nlines"?`, "notify", "-addr", addr, "-n", "2", "two\nlines")
 }
 
 func TestNotifyJSON(t *testing.T) {
@@ -284,10 +288,9 @@ func TestCheck(t *testing.T) {
 		!strings.HasPrefix(stderr, "> HAPROXY-HELLO ") || strings.Count(stderr, "\n") != 2 {
 		t.Errorf("have %q, %q, status %d", stdout, stderr, status)
 	}
-	wantFailure(t, 1, "is the peer really speaking SPOP?", "check", "-addr", sshServer(t))
 }
 
-// sshServer is something else.
+// sshServer speaks first.
 func sshServer(t *testing.T) string {
 	ln := listenLocal(t, "tcp", "127.0.0.1:0")
 	go func() {

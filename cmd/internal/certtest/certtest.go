@@ -20,8 +20,8 @@ import (
 
 // Authority is a certificate authority of one test.
 type Authority struct {
+	Cert *x509.Certificate
 	dir  string
-	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 }
 
@@ -29,7 +29,7 @@ type Authority struct {
 func New(t *testing.T, dir, name string) *Authority {
 	t.Helper()
 	a := &Authority{dir: dir}
-	a.cert, a.key = a.Issue(t, name, "")
+	a.Cert, a.key = a.Issue(t, name, "")
 	return a
 }
 
@@ -48,7 +48,7 @@ func (a *Authority) Issue(t *testing.T, name, host string) (*x509.Certificate, *
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
-	parent, signer := a.cert, a.key
+	parent, signer := a.Cert, a.key
 	if host == "" {
 		tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage, tmpl.ExtKeyUsage = true, true, x509.KeyUsageCertSign, nil
 		parent, signer = tmpl, key
@@ -83,7 +83,7 @@ func (a *Authority) File(name string) string { return filepath.Join(a.dir, name+
 func (a *Authority) Client(t *testing.T, name string) *tls.Config {
 	t.Helper()
 	conf := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1"}
-	conf.RootCAs.AddCert(a.cert)
+	conf.RootCAs.AddCert(a.Cert)
 	if name != "" {
 		pair, err := tls.LoadX509KeyPair(a.File(name), a.File(name))
 		if err != nil {

@@ -99,3 +99,25 @@ func (t *TLS) Access(addr net.Addr) string {
 	}
 	return "whoever reaches this address: SPOP has no authentication"
 }
+
+// ClientTLS returns the configuration of a client that trusts the authorities in
+// the file ca, or the system's if it is empty; presents the certificate in cert
+// and key, unless they are empty; and expects the server to have a certificate
+// for name. Its errors name the flags -tls-ca, -tls-cert and -tls-key.
+func ClientTLS(ca, cert, key, name string) (*tls.Config, error) {
+	conf := &tls.Config{ServerName: name}
+	if ca != "" {
+		var err error
+		if conf.RootCAs, err = readAuthorities("-tls-ca", ca); err != nil {
+			return nil, err
+		}
+	}
+	if cert != "" || key != "" {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("-tls-cert %s, -tls-key %s: %w", cert, key, err)
+		}
+		conf.Certificates = []tls.Certificate{pair}
+	}
+	return conf, nil
+}

@@ -37,7 +37,7 @@ const (
 	Pending
 )
 
-var stateNames = [...]string{"not listed", "listed", "allowed", "unknown", "pending"}
+var stateNames = [...]string{"unlisted", "listed", "allowed", "unknown", "pending"}
 
 // String returns the state in words.
 func (s State) String() string {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spoa-go/spoa/cmd/internal/reputation"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
 var (
@@ -97,18 +98,20 @@ const lookupTimeout = 3 * time.Second
 
 // An explanation is what /lookup answers.
 type explanation struct {
-	Addr     netip.Addr       `json:"addr"`
-	Country  string           `json:"country,omitempty"`
-	ASN      uint32           `json:"asn,omitempty"`
-	Org      string           `json:"org,omitempty"`
-	State    string           `json:"state"`
-	Score    uint8            `json:"score"`
-	Reason   string           `json:"reason,omitempty"`
-	Decision string           `json:"decision,omitempty"`
-	Findings []explainedFound `json:"sources"`
+	Addr     netip.Addr    `json:"addr"`
+	Country  string        `json:"country,omitempty"`
+	ASN      uint32        `json:"asn,omitempty"`
+	Org      string        `json:"org,omitempty"`
+	State    string        `json:"state"`
+	Score    uint8         `json:"score"` // from 0, the worst, to 100
+	Reason   string        `json:"reason,omitempty"`
+	Decision string        `json:"decision,omitempty"`
+	Missing  string        `json:"missing,omitempty"` // names of sources that had no answer
+	Lists    []lists.Match `json:"lists"`             // those that have the address
+	Sources  []finding     `json:"sources"`           // what each says, all lists together being one
 }
 
-type explainedFound struct {
+type finding struct {
 	Source   string `json:"source"`
 	State    string `json:"state"`
 	Score    *uint8 `json:"score,omitempty"` // if listed
@@ -116,30 +119,42 @@ type explainedFound struct {
 	Decision string `json:"decision,omitempty"`
 }
 
-// lookup answers what each source says of an address.
+// lookup answers what each list and other source says of an address.
 func (st *Status) lookup(w http.ResponseWriter, r *http.Request) {
 	addr, err := netip.ParseAddr(r.FormValue("ip"))
 	if err != nil {
 		http.Error(w, "want /lookup?ip=ADDRESS", http.StatusBadRequest)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), lookupTimeout)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	_ = enc.Encode(st.explain(r.Context(), addr)) // fails if the client has gone
+}
+
+func (st *Status) explain(ctx context.Context, addr netip.Addr) *explanation {
+	e := &explanation{Addr: addr.Unmap().WithZone(""), Score: reputation.BestScore, State: reputation.NotListed.String()}
+	if l := st.config.Lists; l != nil {
+		e.Lists = l.Explain(addr)
+		v := l.Lookup(addr)
+		e.State, e.Score = v.State.String(), v.Score
+	}
+	if st.config.Sources == nil {
+		return e
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	v, all := st.config.Sources.Explain(ctx, addr)
-	e := explanation{
-		Addr: v.Addr, Country: v.Country, ASN: v.ASN, Org: v.Org, State: v.State.String(), Score: v.Score,
-		Reason: v.Reason, Decision: v.Decision,
-	}
+	e.Country, e.ASN, e.Org = v.Country, v.ASN, v.Org
+	e.State, e.Score, e.Reason, e.Decision, e.Missing = v.State.String(), v.Score, v.Reason, v.Decision, v.Missing
 	for _, f := range all {
-		found := explainedFound{Source: f.Source, State: f.State.String(), Reason: f.Reason, Decision: f.Decision}
+		found := finding{Source: f.Source, State: f.State.String(), Reason: f.Reason, Decision: f.Decision}
 		if f.State == reputation.Listed {
 			found.Score = &f.Score
 		}
-		e.Findings = append(e.Findings, found)
+		e.Sources = append(e.Sources, found)
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	_ = enc.Encode(e) // fails if the client has gone
+	return e
 }

@@ -47,6 +47,7 @@ type Status struct {
 	messages map[string]*messageMetrics
 	other    *messageMetrics // of all other messages
 	verdicts map[string]prometheus.Counter
+	verdict  *prometheus.CounterVec
 	unlisted prometheus.Counter
 	random   prometheus.Counter
 	opened   prometheus.Counter
@@ -160,6 +161,7 @@ func (st *Status) registerVerdicts() {
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
+	st.verdict = verdicts
 	st.unlisted = verdicts.WithLabelValues("unlisted", "")
 	if st.config.Lists != nil {
 		for _, s := range st.config.Lists.Stats() {
@@ -273,7 +275,11 @@ func (st *Status) Judged(list string, listed bool) {
 	case st.random != nil:
 		st.random.Inc()
 	case listed:
-		st.verdicts[list].Inc()
+		if c := st.verdicts[list]; c != nil {
+			c.Inc()
+		} else { // a file that came to a directory of lists
+			st.verdict.WithLabelValues("listed", list).Inc()
+		}
 	default:
 		st.unlisted.Inc()
 	}
@@ -389,7 +395,7 @@ func (st *Status) handler() http.Handler {
 		fmt.Fprintln(w, "ready")
 	})
 	mux.HandleFunc("GET /{$}", st.page)
-	if st.config.Sources != nil {
+	if st.config.Lists != nil || st.config.Sources != nil {
 		mux.HandleFunc("GET /lookup", st.lookup)
 	}
 	return mux

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/go-kit/log"
@@ -19,6 +20,8 @@ type Option func(*options)
 type options struct {
 	handlers       map[string]Handler
 	fallback       Handler
+	timeouts       map[string]time.Duration // of the messages that have one of their own
+	middleware     []func(Handler) Handler
 	workers        int
 	pipelining     int
 	async          bool
@@ -30,7 +33,9 @@ type options struct {
 	idleTimeout    time.Duration
 	writeTimeout   time.Duration
 	handlerTimeout time.Duration
-	faultVars      [faultCount][]byte // the action that tells of each fault; nil: none
+	faultVars      []faultVar
+	faultFuncs     bool               // one of them depends on the error
+	faultActions   [faultCount][]byte // the actions that tell of each fault
 	logger         log.Logger
 	debug          bool
 	hooks          Hooks
@@ -55,7 +60,27 @@ func newOptions(opts []Option) *options {
 		}
 		opt(o)
 	}
+	for name, h := range o.handlers {
+		o.handlers[name] = o.wrap(h)
+	}
+	if o.fallback != nil {
+		o.fallback = o.wrap(o.fallback)
+	}
+	o.prepareFaults()
 	return o
+}
+
+// wrap returns h within the middleware.
+func (o *options) wrap(h Handler) Handler {
+	for _, mw := range slices.Backward(o.middleware) {
+		next := mw(h)
+		if next == nil {
+			o.bad("WithMiddleware: returned nil")
+			return h
+		}
+		h = next
+	}
+	return h
 }
 
 func (o *options) bad(format string, args ...any) {
@@ -85,32 +110,76 @@ func (o *options) timeout(option string, d, least time.Duration) time.Duration {
 	return min(d, maxTimeout)
 }
 
-// WithHandler has h answer the messages of that name: the name of the
+// WithHandler makes h answer the messages of that name: the name of the
 // spoe-message section in HAProxy's configuration. Each name has one handler.
-func WithHandler(message string, h Handler) Option {
+func WithHandler(message string, h Handler, opts ...HandlerOption) Option {
 	return func(o *options) {
-		f, isFunc := h.(HandlerFunc)
 		switch _, dup := o.handlers[message]; {
 		case message == "":
 			o.bad("WithHandler: empty message name")
-		case h == nil || isFunc && f == nil:
+		case isNil(h):
 			o.bad("WithHandler(%q): nil handler", message)
 		case dup:
 			o.bad("WithHandler(%q): second handler of that name", message)
 		default:
 			o.handlers[message] = h
 		}
+		for _, opt := range opts {
+			if opt == nil {
+				o.bad("WithHandler(%q): nil option", message)
+				continue
+			}
+			opt(o, message)
+		}
 	}
 }
 
 // WithHandlerFunc is WithHandler for a function.
-func WithHandlerFunc(message string, f HandlerFunc) Option { return WithHandler(message, f) }
+func WithHandlerFunc(message string, f HandlerFunc, opts ...HandlerOption) Option {
+	return WithHandler(message, f, opts...)
+}
 
-// WithFallback has h answer the messages that no other handler is for. Without
+func isNil(h Handler) bool {
+	f, isFunc := h.(HandlerFunc)
+	return h == nil || isFunc && f == nil
+}
+
+// HandlerOption is an option of WithHandler.
+type HandlerOption func(o *options, message string)
+
+// Timeout sets a handler timeout for one kind of message, in place of that of
+// WithHandlerTimeout: a millisecond or more. A NOTIFY with messages of several
+// kinds has the longest of their timeouts, none if one of them has none.
+func Timeout(d time.Duration) HandlerOption {
+	return func(o *options, message string) {
+		if o.timeouts == nil {
+			o.timeouts = make(map[string]time.Duration)
+		}
+		o.timeouts[message] = o.timeout("Timeout", d, time.Millisecond)
+	}
+}
+
+// WithMiddleware wraps every handler, also that of WithFallback, in mw, for what
+// all have in common: tracing, authorization, a deadline. Of several the first is
+// the outermost. It is called by New; a message that no handler is for does not
+// pass through it.
+func WithMiddleware(mw ...func(Handler) Handler) Option {
+	return func(o *options) {
+		for _, m := range mw {
+			if m == nil {
+				o.bad("WithMiddleware: nil function")
+				continue
+			}
+			o.middleware = append(o.middleware, m)
+		}
+	}
+}
+
+// WithFallback makes h answer the messages that no other handler is for. Without
 // it they get no action, and the log says so once per name.
 func WithFallback(h Handler) Option {
 	return func(o *options) {
-		if f, isFunc := h.(HandlerFunc); h == nil || isFunc && f == nil {
+		if isNil(h) {
 			o.bad("WithFallback: nil handler")
 			return
 		}
@@ -226,28 +295,132 @@ func WithHandlerTimeout(d time.Duration) Option {
 	}
 }
 
-// maxFaultVar also leaves room for other actions in the smallest frame.
-const maxFaultVar = 63
+const (
+	maxFaultName    = 63  // bytes, HAProxy's own limit
+	maxFaultText    = 128 // bytes of a string
+	maxFaultActions = 200 // bytes of all variables together: less than the smallest frame
+)
 
-// WithFaultVar has an ACK whose handler failed set this variable to "error",
-// "panic", "timeout" or "overload". It is absent from others. HAProxy takes
-// names of up to 63 bytes, scope and var-prefix included.
-func WithFaultVar(s Scope, name string) Option {
+// WithFaultVar makes the agent set a variable to v in the ACK of a NOTIFY that
+// has one of these faults, of any kind if none is given. Other ACKs do not set
+// it. It may be given several times, for several variables.
+//
+// Rules that HAProxy's documentation and agents' examples show test an integer,
+// since `option set-on-error` sets one: give them
+//
+//	spoa.WithFaultVar(spoa.ScopeTxn, "error", spoa.Int(255))
+//
+// with `http-request deny if { var(txn.iprep.error) -m int gt 0 }`. A string there
+// lets the request pass.
+//
+// The name may have up to 63 bytes; HAProxy's limit of 63 counts scope and
+// var-prefix too. A NOTIFY with several faults has the first one's variables. If
+// they do not fit into the frame beside other actions, those are left out.
+func WithFaultVar(s Scope, name string, v Value, faults ...Fault) Option {
+	v = v.Clone()
 	return func(o *options) {
-		if len(name) > maxFaultVar {
-			o.bad("WithFaultVar: name of %d bytes: want at most %d", len(name), maxFaultVar)
+		if v.kind == KindNull {
+			o.bad("WithFaultVar(%v, %q): want a value, have NULL", s, name)
 			return
 		}
-		for f := faultNone + 1; f < faultCount; f++ {
-			var a Actions
-			a.SetVar(s, name, String(f.String()))
-			if a.err != nil {
-				o.bad("WithFaultVar: %v", a.err)
-				return
+		if len(v.s) > maxFaultText {
+			o.bad("WithFaultVar(%v, %q): value of %d bytes: want at most %d", s, name, len(v.s), maxFaultText)
+			return
+		}
+		for _, f := range faults {
+			if f == 0 || f >= faultCount {
+				o.bad("WithFaultVar(%v, %q): no such fault: %v", s, name, f)
 			}
-			o.faultVars[f] = a.buf
+		}
+		o.addFaultVar("WithFaultVar", faultVar{s, name, func(f Fault, _ error) Value {
+			if len(faults) > 0 && !slices.Contains(faults, f) {
+				return Value{}
+			}
+			return v
+		}})
+	}
+}
+
+// WithFaultFunc is WithFaultVar with a value that depends on the fault: f is
+// called with its kind and the error that Hooks report. The variable is not set
+// if f returns NULL. A string is cut to 128 bytes. F may be called by several
+// goroutines at once; it is also called by New, for the faults whose error is
+// always the same.
+func WithFaultFunc(s Scope, name string, f func(Fault, error) Value) Option {
+	return func(o *options) {
+		if f == nil {
+			o.bad("WithFaultFunc(%v, %q): nil function", s, name)
+			return
+		}
+		o.faultFuncs = true
+		o.addFaultVar("WithFaultFunc", faultVar{s, name, f})
+	}
+}
+
+// faultVar is a variable that tells HAProxy of a fault.
+type faultVar struct {
+	scope Scope
+	name  string
+	value func(Fault, error) Value
+}
+
+func (o *options) addFaultVar(option string, v faultVar) {
+	var a Actions
+	a.UnsetVar(v.scope, v.name)
+	switch {
+	case a.err != nil:
+		o.bad("%s: %v", option, a.err)
+	case len(v.name) > maxFaultName:
+		o.bad("%s: name of %d bytes: want at most %d", option, len(v.name), maxFaultName)
+	default:
+		o.faultVars = append(o.faultVars, v)
+	}
+}
+
+// faultErrors are the errors of faults that have always the same, and stand for
+// those of the others.
+var faultErrors = [faultCount]error{
+	FaultError:     errors.New("spoa: handler failed"),
+	FaultPanic:     &PanicError{Value: "panic"},
+	FaultTimeout:   context.DeadlineExceeded,
+	FaultOverload:  ErrOverload,
+	FaultNoHandler: ErrNoHandler,
+}
+
+// prepareFaults computes the actions of faults, as far as they are known before.
+func (o *options) prepareFaults() {
+	for f := FaultError; f < faultCount; f++ {
+		o.faultActions[f] = o.newFaultActions(f, faultErrors[f], maxFaultActions)
+	}
+}
+
+// newFaultActions returns the actions that tell of a fault, of up to size bytes.
+func (o *options) newFaultActions(f Fault, err error, size int) []byte {
+	a := Actions{max: size}
+	for _, v := range o.faultVars {
+		if value := v.valueOf(f, err); value.kind != KindNull {
+			a.SetVar(v.scope, v.name, value)
 		}
 	}
+	if a.err != nil && size == maxFaultActions {
+		o.bad("WithFaultVar: %d bytes are too few for the variables of fault %v: %v", size, f, a.err)
+	}
+	return a.buf
+}
+
+// valueOf calls the user's function. If that panics the kind of the fault, at
+// least, is told.
+func (v *faultVar) valueOf(f Fault, err error) (value Value) {
+	defer func() {
+		if recover() != nil {
+			value = String(f.String())
+		}
+	}()
+	value = v.value(f, err)
+	if value.isText() && len(value.s) > maxFaultText {
+		value.s = value.s[:maxFaultText]
+	}
+	return value
 }
 
 // WithSlog makes the agent log to l. Levels are slog's; addresses, errors and
@@ -363,6 +536,19 @@ type Hooks struct {
 	// handler's, a *PanicError, ErrNoHandler, ErrOverload if it was not called
 	// for want of time, or context.DeadlineExceeded if it returned too late.
 	Handled func(message string, took time.Duration, err error)
+
+	// Message is Handled with all there is to know.
+	Message func(e MessageEvent)
+}
+
+// MessageEvent says how a message was dealt with.
+type MessageEvent struct {
+	Message string        // its name, which the peer chose
+	Peer    Peer          // whose it is
+	Took    time.Duration // by the handler's call; 0 if there was none
+	Err     error         // as Hooks.Handled has it
+	Fault   Fault         // what WithFaultVar sends for Err; 0 if that is nil
+	Late    bool          // the answer had left when the handler returned
 }
 
 // Peer is the other end of a connection.

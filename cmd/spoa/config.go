@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"io/fs"
 	"math"
@@ -15,6 +14,7 @@ import (
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/crowdsec"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
@@ -34,13 +34,33 @@ from 0 for the worst addresses to 100 for those on no list.
   -t time       wait before each answer: 15 (milliseconds), or 10us, 15ms, 1s
   -f frames     close a connection after that many frames
 
-  -reputation file[=score]
-                the addresses of this list have that score (default 0) unless a
-                line names one; repeatable
-  -allow file   the addresses of this list score 100 whatever others say;
+  -reputation list[=score][,column=kind][,field=name][,accept=fault]
+                the addresses of this list have that score (default 0);
+                repeatable. A list is a file, a directory or glob of files, a
+                URL, or - for standard input, in nearly any format. Between
+                lists the worst score wins,
+                within one the longest prefix: 198.51.96.0/20 with 0 in one list
+                and 198.51.100.7 with 60 in another give 198.51.100.7 a 0, and
+                both in one list a 60
+      column    what a number behind an address is: score (0 is worst), badness
+                (100 is worst), 'count>=3' (listed from 3 on), or ignore.
+                Without it the number is not used, and a warning says so. A list
+                can say it too, before its first entry: # spoa: column=score
+      field     where CSV or JSON has this number
+      accept    take the list in spite of a fault for which it is refused: cut
+                (its end is missing), wide (it has a prefix such as 0.0.0.0/0),
+                shrunk (it lost more than half); several as cut+wide
+  -allow list[,accept=fault]
+                the addresses of this list score 100 whatever others say;
                 repeatable
-  -random       no list is wanted: scores are random, for trying out. Without it
-                a start without lists warns; with -random=false it fails
+  -refresh time how often lists by URL are fetched (default 1h), or less often
+                if their makers ask for that
+  -cache dir    keep the last good copy of lists by URL here, for a start
+                without the network
+  -lookup addr  show what each list says of this address, and exit
+` + sourcesUsage + `  -random       scores are random, for trying out: no list or other source is
+                wanted. Without it a start without any warns; with
+                -random=false it fails
 
   -listen addr  listen here instead: host:port, unix:/path, abns@name or
                 abnsz@name as HAProxy calls abstract sockets, or systemd, which
@@ -77,8 +97,12 @@ type config struct {
 	delay      delay
 	frames     int
 	reputation lists.Files
-	allow      stringList
+	allow      lists.AllowFiles
 	random     *bool // nil: not said
+	refresh    time.Duration
+	cache      string
+	lookup     string
+	sources    sourceFlags
 	listen     listen.Addrs
 	unixMode   fileMode
 	cert       string
@@ -102,7 +126,8 @@ const (
 // newConfig returns the defaults.
 func newConfig() *config {
 	return &config{
-		frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, logFormat: "logfmt", logLevel: "info",
+		frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
+		sources: sourceFlags{interval: crowdsec.DefaultInterval, budget: 5 * time.Millisecond, denyBelow: 20},
 	}
 }
 
@@ -120,6 +145,10 @@ func (c *config) flags() *flag.FlagSet {
 	flags.Var(number{&c.frames, 0, math.MaxInt32, "a number of frames"}, "f", "")
 	flags.Var(multi{&c.reputation}, "reputation", "")
 	flags.Var(multi{&c.allow}, "allow", "")
+	flags.Var(period{&c.refresh}, "refresh", "")
+	flags.StringVar(&c.cache, "cache", "", "")
+	flags.StringVar(&c.lookup, "lookup", "", "")
+	c.sources.register(flags)
 	flags.BoolFunc("random", "", func(s string) error {
 		random, err := strconv.ParseBool(s)
 		c.random = &random
@@ -164,31 +193,21 @@ func (c *config) validate() error {
 	case c.clientCA != "" && c.cert == "":
 		return errors.New("-tls-client-ca needs -tls-cert")
 	case c.random != nil && *c.random && c.judges():
-		return errors.New("-random and lists: want one of them")
+		return errors.New("-random and lists or other sources: want one of them")
 	case c.random != nil && !*c.random && !c.judges():
 		return errors.New("no list, and random scores are switched off: want -reputation FILE, or -random to try out")
 	}
-	for i, f := range c.reputation {
-		if slices.ContainsFunc(c.reputation[:i], func(g lists.File) bool { return f.Path == g.Path }) {
-			return fmt.Errorf("-reputation %s: given twice", f.Path)
-		}
-	}
-	for i, path := range c.allow {
-		switch {
-		case path == "":
-			return errors.New("-allow: no file named")
-		case slices.Contains(c.allow[:i], path):
-			return fmt.Errorf("-allow %s: given twice", path)
-		}
+	if err := c.validateLists(); err != nil {
+		return err
 	}
 	if !c.judges() && c.random == nil {
 		c.notes = append(c.notes, "no list: scores are random, for trying out only; want -reputation FILE, or -random to say so")
 	}
-	return nil
+	return c.sources.validate()
 }
 
 // judges reports whether scores come from anything but chance.
-func (c *config) judges() bool { return len(c.reputation)+len(c.allow) > 0 }
+func (c *config) judges() bool { return len(c.reputation)+len(c.allow) > 0 || c.sources.any() }
 
 func (c *config) logger(w io.Writer) log.Logger {
 	w = log.NewSyncWriter(w)
@@ -201,14 +220,6 @@ func (c *config) logger(w io.Writer) log.Logger {
 		least = level.DebugValue()
 	}
 	return level.NewFilter(log.With(logger, "ts", log.DefaultTimestampUTC), level.Allow(least))
-}
-
-// openLists loads the lists, and returns nil if there are none.
-func (c *config) openLists(logger log.Logger) (*lists.Lists, error) {
-	if !c.judges() {
-		return nil, nil
-	}
-	return lists.Open(logger, c.reputation, c.allow)
 }
 
 // loadTLS loads the certificates, and returns nil if there are none.

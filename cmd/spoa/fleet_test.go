@@ -313,7 +313,7 @@ func TestE2ELists(t *testing.T) {
 		drop, own := filepath.Join(dir, "drop.txt"), filepath.Join(dir, "own.txt")
 		writeFile(t, drop, "127.0.0.0/8 ; SBL1\n127.9.0.0/16 50\n")
 		writeFile(t, own, "127.0.0.2\n")
-		_, addrs := startAgents(t, "-reputation", drop+"=7", "-allow", own)
+		_, addrs := startAgents(t, "-reputation", drop+"=7,column=score", "-allow", own)
 		h := startFleet(t, bin, addrs)
 		for from, want := range map[string]string{"127.0.0.1": "403 7 drop", "127.9.0.1": "200 50 drop", "127.0.0.2": "200 100 "} {
 			c := newClient()

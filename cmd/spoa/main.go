@@ -61,7 +61,14 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	if err := serve(c, stderr); err != nil {
+	run := serve
+	switch {
+	case c.lookup != "":
+		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
+	case c.sources.replay != "":
+		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
+	}
+	if err := run(c, stderr); err != nil {
 		fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 		return 1
 	}
@@ -70,35 +77,6 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 
 // oneLine is for errors that join several.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
-
-// check tries what serve would load.
-func check(c *config) (string, error) {
-	l, err := c.openLists(log.NewNopLogger())
-	if err != nil {
-		return "", err
-	}
-	if _, err := c.loadTLS(); err != nil {
-		return "", err
-	}
-	addrs := c.addrs()
-	if c.metrics.Network != "" {
-		addrs = append(addrs, c.metrics)
-	}
-	for _, addr := range addrs {
-		if err := addr.Check(); err != nil {
-			return "", err
-		}
-	}
-	if l == nil {
-		return "configuration ok, no lists: scores are random", nil
-	}
-	entries, bad, all := 0, 0, l.Stats()
-	for _, s := range all {
-		entries += s.Entries
-		bad += s.BadLines
-	}
-	return fmt.Sprintf("configuration ok, lists: %d, entries: %d, bad lines: %d", len(all), entries, bad), nil
-}
 
 const (
 	message       = "check-client-ip"
@@ -136,7 +114,8 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 type service struct {
 	config    *config
 	logger    log.Logger
-	lists     *lists.Lists // nil: scores are random
+	lists     *lists.Lists // nil: none
+	sources   *sources     // nil: none but lists
 	tls       *listen.TLS  // nil: none
 	agent     *spoa.Agent
 	status    *status.Status
@@ -147,11 +126,14 @@ type service struct {
 }
 
 // newService loads the lists and certificates, and opens the listeners.
-func newService(c *config, logger log.Logger) (*service, error) {
+func newService(ctx context.Context, c *config, logger log.Logger) (*service, error) {
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
-	if s.lists, err = c.openLists(logger); err != nil {
+	if s.lists, err = c.openLists(ctx, logger); err != nil {
+		return nil, err
+	}
+	if s.sources, err = c.openSources(s.lists, logger); err != nil {
 		return nil, err
 	}
 	if s.tls, err = c.loadTLS(); err != nil {
@@ -160,6 +142,7 @@ func newService(c *config, logger log.Logger) (*service, error) {
 	s.status = status.New(status.Config{
 		Conns:    func() []spoa.ConnInfo { return s.agent.Conns() },
 		Lists:    s.lists,
+		Sources:  s.sources.combined(),
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
@@ -168,7 +151,14 @@ func newService(c *config, logger log.Logger) (*service, error) {
 	if c.metrics.Network != "" {
 		hooks = s.status.Hooks()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(s.lists, s.status.Judged)), hooks)
+	score := newScorer(s.lists, s.status.Judged)
+	if s.sources != nil {
+		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
+		first, cancel := context.WithTimeout(ctx, prepareTimeout)
+		_ = s.sources.prepare(first) // logs; what is missing is pulled later
+		cancel()
+	}
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -191,8 +181,15 @@ func serve(c *config, stderr io.Writer) error {
 	defer signal.Stop(end)
 
 	logger := c.logger(stderr)
-	s, err := newService(c, logger)
-	if err != nil {
+	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	s, err := newService(opening, c, logger)
+	ended := opening.Err() != nil
+	opened()
+	switch {
+	case err != nil && ended:
+		level.Info(logger).Log("msg", "ended before it was ready")
+		return nil
+	case err != nil:
 		return err
 	}
 	for _, note := range c.notes {
@@ -208,6 +205,7 @@ func serve(c *config, stderr io.Writer) error {
 	if s.lists != nil {
 		g.Add(actor(s.lists.Watch))
 	}
+	s.sources.addTo(&g)
 	s.notifySystemd(daemon.SdNotifyReady)
 	err = g.Run()
 	if errors.Is(err, run.ErrSignal) {
@@ -282,18 +280,19 @@ func (s *service) reload(ctx context.Context, hup <-chan os.Signal) error {
 			return nil
 		case <-hup:
 			s.notifySystemd(daemon.SdNotifyReloading + "\n" + daemon.SdNotifyMonotonicUsec())
-			s.reloadOnce()
+			s.reloadOnce(ctx)
 			s.notifySystemd(daemon.SdNotifyReady)
 		}
 	}
 }
 
 // reloadOnce logs what cannot be used; the old stays in force.
-func (s *service) reloadOnce() {
+func (s *service) reloadOnce(ctx context.Context) {
 	level.Info(s.logger).Log("msg", "reloading")
 	if s.lists != nil {
-		_ = s.lists.Reload() // logs
+		_ = s.lists.Reload(ctx) // logs
 	}
+	s.sources.reloadAll()
 	if s.tls != nil {
 		if err := s.tls.Reload(); err != nil {
 			level.Error(s.logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))
@@ -308,23 +307,27 @@ func (s *service) notifySystemd(state string) {
 }
 
 // scorer sets the variables of an address.
-type scorer func(netip.Addr, *spoa.Actions)
+type scorer func(context.Context, netip.Addr, *spoa.Actions)
 
 // newScorer returns one that goes by lists, or by chance if there are none, and
 // reports to judged every verdict.
 func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
 	if l == nil {
-		return func(_ netip.Addr, a *spoa.Actions) {
+		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
 			judged("", false)
 			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
 		}
 	}
-	return func(ip netip.Addr, a *spoa.Actions) {
-		score, list, listed := l.Lookup(ip)
-		judged(list, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
+	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
+		v := l.Lookup(ip)
+		listed := v.State == lists.Listed
+		if !listed {
+			v.List = ""
+		}
+		judged(v.List, listed)
+		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
 		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(list))
+			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
 		} else {
 			// A session of several requests may have had one before a reload.
 			a.UnsetVar(spoa.ScopeSess, "ip_list")
@@ -349,7 +352,7 @@ func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
 			return nil
 		}
 		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ip, a)
+			score(ctx, ip, a)
 		}
 		return nil
 	}

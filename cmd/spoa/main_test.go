@@ -165,7 +165,8 @@ d
 		notes: []string{"environment: no flag has the variable SPOA_ODDITY, it is ignored"},
 		debug: true, frame: 500, port: 12345, workers: 8, caps: stringList{"async", "fragmentation"}, delay: delay(15 * time.Millisecond),
 		reputation: lists.Files{{Path: "drop.txt", Score: 20}}, listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}, unixMode: 0o600,
-		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, logFormat: "logfmt", logLevel: "info",
+		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
+		sources: newConfig().sources,
 	}
 	if !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v", want, have)
@@ -300,9 +301,9 @@ func TestLogger(t *testing.T) {
 func TestCheckClientIP(t *testing.T) {
 	dir := t.TempDir()
 	drop, own := filepath.Join(dir, "drop.txt"), filepath.Join(dir, "own")
-	writeFile(t, drop, "192.0.2.0/24\n2001:db8::/32 35\n")
+	writeFile(t, drop, "# spoa: column=score\n192.0.2.0/24\n2001:db8::/32 35\n")
 	writeFile(t, own, "192.0.2.99\n")
-	l, err := lists.Open(log.NewNopLogger(), []lists.File{{Path: drop, Score: 10}}, []string{own})
+	l, err := lists.Open(t.Context(), lists.Options{Block: []lists.File{{Path: drop, Score: 10}}, Allow: []lists.File{{Path: own}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -363,7 +364,7 @@ func TestRandomScoreRange(t *testing.T) {
 	seen := map[uint64]bool{}
 	for range 20_000 { // any of 101 is missing once in 10^84
 		var a spoa.Actions
-		score(netip.Addr{}, &a)
+		score(t.Context(), netip.Addr{}, &a)
 		v, _ := a.Lookup(spoa.ScopeSess, "ip_score")
 		n, _ := v.Uint()
 		seen[n] = true
@@ -667,7 +668,7 @@ func TestHUP(t *testing.T) {
 		}
 	}
 	t.Setenv("NOTIFY_SOCKET", notify)
-	a := startAgent(t, "127.0.0.1:0", "-reputation", list)
+	a := startAgent(t, "127.0.0.1:0", "-reputation", list+",column=score")
 	said(`READY=1`)
 	score := func() string {
 		c, err := spoa.Dial(t.Context(), "tcp", a.addr)

@@ -35,7 +35,8 @@
 //     begins after pause.
 //   - Bold: after patience rounds without success, and when little time is left,
 //     connections that are ready are parted though others are not, some in each
-//     round, before the answers of the others are released.
+//     round, before the answers of the others are released. After twice as many
+//     rounds they need not be quiet: requests come whether or not others wait.
 //   - Last: at Until every connection is parted, whatever is in flight.
 package drain
 
@@ -97,12 +98,13 @@ type Conn struct {
 	Look
 	Verdict Verdict
 
-	held  bool
-	ready bool
-	base  uint64        // Answered when the hold began
-	seen  uint64        // Notifies at the last look
-	since time.Duration // when Notifies last changed
-	looks int           // since then
+	held    bool
+	settled bool          // all NOTIFYs have an answer, and no frame is half there
+	ready   bool          // settled and quiet
+	base    uint64        // Answered when the hold began
+	seen    uint64        // Notifies at the last look
+	since   time.Duration // when Notifies last changed
+	looks   int           // since then
 }
 
 func (c *Conn) idle(now time.Duration) bool {
@@ -171,8 +173,8 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 	if !h.holding {
 		h.holding, h.bold, h.began = true, false, now
 	}
-	all := true               // the connections in use are ready
-	full, still := true, true // as many wait on each as HAProxy allows; each is idle
+	anyReady, all := false, true // of the connections in use
+	full, still := true, true    // as many wait on each as HAProxy allows; each is idle
 	waiting := uint64(0)
 	for _, c := range conns {
 		if !c.Agreed {
@@ -187,19 +189,20 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 		}
 		n := c.Notifies - c.base
 		waiting += n
-		all = all && c.ready
+		anyReady, all = anyReady || c.ready, all && c.ready
 		full = full && n >= window
 		still = still && c.idle(now)
 	}
 	switch enough := h.asMany(waiting) || full || still; {
-	case all && enough:
+	case anyReady && all && enough:
 		part(now, conns)
-	case now-h.began >= holdFor:
-		h.release(now, conns)
-		return h.retry
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patience || h.Until > 0):
 		h.bold = true
 		h.partReady(conns)
+	}
+	if now-h.began >= holdFor {
+		h.release(now, conns)
+		return h.retry
 	}
 	return now + tick(len(conns))
 }
@@ -222,7 +225,8 @@ func (c *Conn) look(now time.Duration) {
 	}
 	isQuiet := c.idle(now) || c.Notifies-c.base >= window || now-c.since >= least && c.looks >= quietLooks
 	half := c.Partial && now-c.LastUsed < QuietTime
-	c.ready = isQuiet && c.Notifies == c.Answered && !half
+	c.settled = c.Notifies == c.Answered && !half
+	c.ready = c.settled && isQuiet
 }
 
 // asMany reports whether n NOTIFYs waiting are as many as in any of the last
@@ -262,9 +266,10 @@ func (h *Host) partReady(conns []*Conn) {
 	if h.Until == 0 {
 		some = 1 + len(conns)/boldParts
 	}
+	quiet := h.rounds < 2*patience
 	for _, c := range conns {
 		switch {
-		case !c.ready:
+		case !c.ready && (quiet || !c.settled):
 		case c.Answered == c.base:
 			c.Verdict = Part
 		case some > 0:

@@ -19,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-kit/log"
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
@@ -222,7 +221,7 @@ func TestMetricsOfLists(t *testing.T) {
 	a, b := filepath.Join(t.TempDir(), "drop.txt"), filepath.Join(t.TempDir(), "drop.netset")
 	writeFile(t, a, "192.0.2.1\n")
 	writeFile(t, b, strings.Repeat("192.0.2.2\n", 200)+"192.0.2.3\nbad\n")
-	l, err := lists.Open(log.NewNopLogger(), []lists.File{{Path: a}, {Path: b, Score: 10}}, []string{a})
+	l, err := lists.Open(t.Context(), lists.Options{Block: []lists.File{{Path: a}, {Path: b, Score: 10}}, Allow: []lists.File{{Path: a}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +234,7 @@ func TestMetricsOfLists(t *testing.T) {
 		}
 	}
 	writeFile(t, a, "bad\n")
-	if l.Reload() == nil {
+	if l.Reload(t.Context()) == nil {
 		t.Fatal("want a reload that fails")
 	}
 	text := st.get(t, "/metrics")

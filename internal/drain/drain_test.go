@@ -1,0 +1,409 @@
+package drain
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+const ms = time.Millisecond
+
+// bench is a host whose connections a test describes, and a clock.
+type bench struct {
+	Host
+	t     *testing.T
+	now   time.Duration
+	conns []*Conn
+	held  map[*Conn]time.Duration // since when
+	ended []*Conn
+}
+
+func newBench(t *testing.T, h Host, looks ...Look) *bench {
+	b := &bench{Host: h, t: t, now: time.Hour, held: make(map[*Conn]time.Duration)}
+	if b.From > 0 {
+		b.From += b.now
+	}
+	if b.Until > 0 {
+		b.Until += b.now
+	}
+	for _, l := range looks {
+		b.add(l)
+	}
+	return b
+}
+
+// add adds a connection. The times of looks are ages.
+func (b *bench) add(l Look) *Conn {
+	l.LastUsed = b.now - l.LastUsed
+	c := &Conn{Look: l}
+	b.conns = append(b.conns, c)
+	return c
+}
+
+// notify receives n NOTIFYs on c, which are answered at once.
+func (b *bench) notify(c *Conn, n uint64) {
+	c.Notifies += n
+	c.Answered += n
+	c.LastUsed = b.now
+}
+
+// step steps, and carries out the verdicts, which it returns.
+func (b *bench) step() (verdicts []Verdict, next time.Duration) {
+	b.t.Helper()
+	next = b.Step(b.now, b.conns)
+	kept := b.conns[:0:0]
+	for _, c := range b.conns {
+		verdicts = append(verdicts, c.Verdict)
+		since, held := b.held[c]
+		switch c.Verdict {
+		case Hold:
+			if held {
+				b.t.Errorf("%v: held again", b.now-time.Hour)
+			}
+			b.held[c] = b.now
+		case Release, Part:
+			delete(b.held, c)
+		}
+		if held && b.now-since > holdFor+tick(len(b.conns)) {
+			b.t.Errorf("%v: held for %v, want %v at most", b.now-time.Hour, b.now-since, holdFor)
+		}
+		if c.Verdict == Part {
+			b.ended = append(b.ended, c)
+			continue
+		}
+		kept = append(kept, c)
+	}
+	b.conns = kept
+	return verdicts, next
+}
+
+// run steps until every connection is parted or d is over, and calls traffic
+// before each step.
+func (b *bench) run(d time.Duration, traffic func()) (took time.Duration) {
+	b.t.Helper()
+	start := b.now
+	for len(b.conns) > 0 && b.now-start < d {
+		if traffic != nil {
+			traffic()
+		}
+		_, next := b.step()
+		if next <= b.now {
+			b.t.Fatalf("%v: the next look is not later", b.now-time.Hour)
+		}
+		b.now = min(next, b.now+ms)
+	}
+	return b.now - start
+}
+
+func (b *bench) want(want ...Verdict) (next time.Duration) {
+	b.t.Helper()
+	have, next := b.step()
+	if !slices.Equal(want, have) {
+		b.t.Errorf("%v: want %v, have %v", b.now-time.Hour, want, have)
+	}
+	return next
+}
+
+// idle is a connection that was used a while ago, used one that was just now.
+var (
+	idle  = Look{Agreed: true, Notifies: 5, Answered: 5, LastUsed: 2 * QuietTime}
+	used  = Look{Agreed: true, Notifies: 5, Answered: 5}
+	busy  = Look{Agreed: true, Notifies: 5, Answered: 4, LastUsed: 2 * QuietTime}
+	fresh = Look{Agreed: true}
+	mute  = Look{}
+)
+
+func TestEarly(t *testing.T) {
+	b := newBench(t, Host{From: 3 * time.Second, Rounds: true}, idle, used, busy, fresh, mute)
+	if want, have := b.From, b.want(Keep, Keep, Keep, Keep, Keep); want != have {
+		t.Errorf("want the next look at %v, have %v", want, have)
+	}
+}
+
+func TestIdle(t *testing.T) {
+	b := newBench(t, Host{}, idle, used, busy, fresh, mute)
+	if want, have := b.now+slowLook, b.want(Part, Keep, Keep, Keep, Keep); want != have {
+		t.Errorf("want the next look at %v, have %v", want, have)
+	}
+	b.now += QuietTime
+	if want, have := b.now+slowLook, b.want(Part, Keep, Part, Part); want != have {
+		t.Errorf("want the next look at %v, have %v", want, have)
+	}
+	b.conns[0].Answered++
+	if want, have := Never, b.want(Part); want != have {
+		t.Errorf("want no more look, have one at %v", have)
+	}
+}
+
+// Many connections that become idle one after the other are looked at together.
+func TestIdleLooks(t *testing.T) {
+	b := newBench(t, Host{})
+	for i := range 1000 {
+		l := used
+		l.LastUsed = time.Duration(i) * time.Microsecond
+		b.add(l)
+	}
+	looks := 0
+	b.now += QuietTime - 500*time.Microsecond
+	for len(b.conns) > 0 {
+		_, next := b.step()
+		b.now = next
+		looks++
+	}
+	if looks > 2 {
+		t.Errorf("want 2 looks at the most, have %d", looks)
+	}
+}
+
+// A host all of whose connections are idle is parted at once.
+func TestAllIdle(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, idle, idle, mute)
+	b.conns[2].LastUsed -= QuietTime
+	b.want(Part, Part, Part)
+}
+
+func TestReady(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		look  Look
+		later func(b *bench, c *Conn) // before each further look
+		ready bool                    // after quiet and quietLooks
+	}{
+		{"quiet", used, nil, true},
+		{"in flight", busy, nil, false},
+		{"half a frame", Look{Agreed: true, Notifies: 1, Answered: 1, Partial: true}, nil, false},
+		{"half a frame for long", Look{Agreed: true, Notifies: 1, Answered: 1, Partial: true, LastUsed: QuietTime}, nil, true},
+		{"asks again", used, func(b *bench, c *Conn) { b.notify(c, 1) }, false},
+		{"new, not yet used", fresh, nil, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t, Host{Rounds: true}, tt.look, busy) // busy keeps it from being parted
+			c := b.conns[0]
+			b.want(Hold, Hold)
+			for range quietLooks {
+				b.now += quiet / quietLooks
+				if tt.later != nil {
+					tt.later(b, c)
+				}
+				b.want(Keep, Keep)
+			}
+			if c.ready != tt.ready {
+				t.Errorf("want ready %v, have %v", tt.ready, c.ready)
+			}
+		})
+	}
+}
+
+// Silence counts only if it was looked at often enough: a process that has not
+// run has seen nothing.
+func TestReadyLooks(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, busy)
+	c := b.conns[0]
+	b.want(Hold, Hold)
+	for range quietLooks - 1 {
+		b.now += quiet / 2
+		b.want(Keep, Keep)
+	}
+	if c.ready {
+		t.Errorf("ready after %d looks, want %d", quietLooks-1, quietLooks)
+	}
+}
+
+// With as many NOTIFYs waiting as HAProxy allows itself it sends no more.
+func TestReadyWindow(t *testing.T) {
+	for n, want := range map[uint64]bool{window - 1: false, window: true} {
+		b := newBench(t, Host{Rounds: true}, used, busy)
+		c := b.conns[0]
+		b.want(Hold, Hold)
+		b.notify(c, n)
+		b.now += ms
+		b.want(Keep, Keep)
+		if c.ready != want {
+			t.Errorf("%d waiting: want ready %v, have %v", n, want, c.ready)
+		}
+	}
+}
+
+// A new connection on which nothing was sent yet is given more time: HAProxy
+// opened it to send something.
+func TestReadyNew(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, fresh, busy)
+	c := b.conns[0]
+	b.want(Hold, Hold)
+	for b.now < time.Hour+quietNew-ms {
+		b.now += ms
+		b.want(Keep, Keep)
+	}
+	if c.ready {
+		t.Errorf("ready after %v, want %v", quietNew-ms, quietNew)
+	}
+	b.now += ms
+	b.want(Keep, Keep)
+	if !c.ready {
+		t.Errorf("not ready after %v", quietNew)
+	}
+}
+
+// A connection that was never used does not hold up its host, nor is it held for
+// ever.
+func TestNeverUsed(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, fresh)
+	if took := b.run(10*time.Second, nil); took > compared*(holdFor+pause) {
+		t.Errorf("want it parted within %v, have %v", compared*(holdFor+pause), took)
+	}
+}
+
+func TestRelease(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, busy)
+	b.want(Hold, Hold)
+	b.now += holdFor - ms
+	b.want(Keep, Keep)
+	b.now += ms
+	if want, have := b.now+pause, b.want(Release, Release); want != have {
+		t.Errorf("want the next look at %v, have %v", want, have)
+	}
+	b.now += pause - ms
+	b.want(Keep, Keep)
+	b.now += ms
+	b.want(Hold, Hold)
+}
+
+// Connections are parted only when as many NOTIFYs wait as in the fullest of the
+// last rounds.
+func TestTogether(t *testing.T) {
+	for _, tt := range []struct {
+		waiting []uint64 // in each round; the round in which it is parted is the last
+		parted  int      // -1: never
+	}{
+		{[]uint64{1, 1, 1}, 2},
+		{[]uint64{3, 1, 1, 1, 1}, 3},
+		{[]uint64{1, 2, 3, 3}, 2},
+		{[]uint64{3, 2, 1, 3, 2, 1}, 3},
+		{[]uint64{4, 3, 2, 1}, -1},
+	} {
+		t.Run(fmt.Sprint(tt.waiting), func(t *testing.T) {
+			b := newBench(t, Host{Rounds: true}, used)
+			have := -1
+			for round, n := range tt.waiting {
+				b.want(Hold)
+				b.notify(b.conns[0], n)
+				for b.holding && len(b.conns) > 0 {
+					b.now += ms
+					b.step()
+				}
+				if len(b.conns) == 0 {
+					have = round
+					break
+				}
+				b.now += pause
+			}
+			if have != tt.parted {
+				t.Errorf("want it parted in round %d, have %d", tt.parted, have)
+			}
+		})
+	}
+}
+
+// Those without answers are parted first, then one that has some; the others
+// have to be quiet anew.
+func TestOneByOne(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used, used)
+	asks := b.conns[:2]
+	parted := map[*Conn]time.Duration{}
+	b.run(10*time.Second, func() {
+		for _, c := range b.ended {
+			if _, ok := parted[c]; !ok {
+				parted[c] = b.now
+			}
+		}
+		for _, c := range asks { // whoever is answered asks again
+			if _, held := b.held[c]; !held || c.Answered == c.base {
+				if !slices.Contains(b.ended, c) {
+					b.notify(c, 1)
+				}
+			}
+		}
+	})
+	if len(b.ended) != 3 {
+		t.Fatalf("want 3 parted, have %d", len(b.ended))
+	}
+	if slices.Contains(asks, b.ended[0]) {
+		t.Error("want the one without answers parted first")
+	}
+	if d := parted[b.ended[1]] - parted[b.ended[0]]; d < quiet {
+		t.Errorf("want %v between the first and the second, have %v", quiet, d)
+	}
+}
+
+// A host that is never quiet is parted after some rounds, while the answers of
+// the others are held.
+func TestBold(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	noisy := b.conns[0]
+	took := b.run(time.Minute, func() {
+		if len(b.conns) == 2 && b.now%(10*ms) == 0 {
+			b.notify(noisy, 1)
+		}
+	})
+	if rounds := holdFor + pause; took < patience*rounds || took > (patience+compared+1)*rounds {
+		t.Errorf("want it to take about %v, have %v", patience*rounds, took)
+	}
+	if b.ended[0] == noisy {
+		t.Error("want the quiet one parted first")
+	}
+}
+
+// Many connections that are used whether or not others wait for their answers
+// are parted within some rounds more, though none is quiet in the end.
+func TestBoldMany(t *testing.T) {
+	const n = 1000
+	b := newBench(t, Host{Rounds: true})
+	for range n {
+		b.add(used)
+	}
+	i := 0
+	took := b.run(time.Minute, func() {
+		for range 2 {
+			i++
+			b.notify(b.conns[i%len(b.conns)], 1)
+		}
+	})
+	if most := (2*patience + 3*boldParts) * (holdFor + pause); took > most {
+		t.Errorf("want it to take %v at most, have %v", most, took)
+	}
+}
+
+// When little time is left, those that are ready are parted before all are.
+func TestLast(t *testing.T) {
+	b := newBench(t, Host{Rounds: true, Until: 100 * ms}, busy, used, idle, mute, fresh)
+	stuck, noisy := b.conns[0], b.conns[1]
+	took := b.run(time.Second, func() { b.notify(noisy, 1) })
+	if want := 100 * ms; took < want || took > want+ms {
+		t.Errorf("want all parted after %v, have %v", want, took)
+	}
+	if i := slices.Index(b.ended, stuck); i < 2 {
+		t.Errorf("want those that are ready parted first, have them after %d others", i)
+	}
+}
+
+// A connection without a HELLO does not hold up the others.
+func TestMute(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, mute)
+	asks := b.conns[0]
+	b.run(10*time.Second, nil)
+	if len(b.ended) != 2 || b.ended[0] != asks {
+		t.Errorf("want the one in use parted first, then the other")
+	}
+}
+
+func TestVerdictString(t *testing.T) {
+	var all []string
+	for v := Keep; v <= Part; v++ {
+		all = append(all, v.String())
+	}
+	if want, have := "keep hold release part", strings.Join(all, " "); want != have {
+		t.Errorf("want %q, have %q", want, have)
+	}
+}

@@ -1,0 +1,149 @@
+package outbox
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// family is boxes that are siblings; frames that begin with "a" are carried.
+type family struct {
+	*Siblings
+	dropped int
+}
+
+func newFamily() *family {
+	f := new(family)
+	f.Siblings = NewSiblings(
+		func(frame []byte) bool { return frame[lengthSize] == 'a' },
+		func(n int) { f.dropped += n })
+	return f
+}
+
+func (f *family) box(maxFrame int) (*Box, *wire) {
+	b, w := newBox(10)
+	f.Join(b, maxFrame)
+	return b, w
+}
+
+// Answers of a closed box leave by a sibling: those that a failed Write has left,
+// those that were unsent, and later ones.
+func TestSiblings(t *testing.T) {
+	f := newFamily()
+	gone, broken := f.box(100)
+	_, w := f.box(100)
+	if want, have := 1, gone.Siblings(); want != have {
+		t.Errorf("want %d siblings, have %d", want, have)
+	}
+	gone.Begin(1)
+	broken.err, broken.n = errBroken, 1
+	gone.Send(frames("a1", "a2", "bye", "a3"), 3, 0)
+	w.want(t, "a2 a3") // a byte of a1 was written
+	answer(gone, "a4")
+	gone.Flush()
+	w.want(t, "a2 a3", "a4")
+	if want, have := 1, gone.Siblings(); want != have {
+		t.Errorf("after the end: want %d siblings, have %d", want, have)
+	}
+	if f.dropped != 0 || f.Len() != 1 {
+		t.Errorf("want nothing dropped and 1 box, have %d and %d", f.dropped, f.Len())
+	}
+}
+
+func TestSiblingsClose(t *testing.T) {
+	f := newFamily()
+	gone, own := f.box(100)
+	_, w := f.box(100)
+	gone.Begin(1)
+	gone.Hold()
+	gone.Send(frame("a1"), 1, 0)
+	gone.Close(frame("a2"), 1, nil, false)
+	own.want(t)
+	w.want(t, "a1 a2")
+	answer(gone, "a3")
+	gone.Flush()
+	w.want(t, "a1 a2", "a3")
+}
+
+// What is too large for one sibling leaves by another.
+func TestSiblingsSizes(t *testing.T) {
+	f := newFamily()
+	gone, _ := f.box(100)
+	for range 3 {
+		f.box(10)
+	}
+	_, large := f.box(100)
+	long := "a" + strings.Repeat("x", 20)
+	gone.Close(frame(long), 1, nil, false)
+	large.want(t, long)
+	gone.Begin(1)
+	answer(gone, "a"+strings.Repeat("x", 200))
+	gone.Flush()
+	if f.dropped != 1 {
+		t.Errorf("want 1 dropped, have %d", f.dropped)
+	}
+}
+
+func TestNoSiblings(t *testing.T) {
+	f := newFamily()
+	gone, _ := f.box(100)
+	if n := gone.Siblings(); n != 0 {
+		t.Errorf("want no siblings, have %d", n)
+	}
+	gone.Close(frames("a1", "a2", "bye"), 2, nil, false)
+	if f.dropped != 2 {
+		t.Errorf("want 2 dropped, have %d", f.dropped)
+	}
+	only, _ := newBox(1)
+	if n := only.Siblings(); n != 0 {
+		t.Errorf("want no siblings of a box that has joined none, have %d", n)
+	}
+}
+
+// A box that was closed before it joined is none of the siblings.
+func TestJoinClosed(t *testing.T) {
+	f := newFamily()
+	b, _ := newBox(1)
+	b.Close(nil, 0, nil, false)
+	f.Join(b, 100)
+	if n := f.Len(); n != 0 {
+		t.Errorf("want no box, have %d", n)
+	}
+}
+
+// Many connections that end at once find a living one without a search through
+// all of the others each.
+func TestSiblingsMany(t *testing.T) {
+	const n = 2000
+	f := newFamily()
+	boxes := make([]*Box, n)
+	for i := range boxes {
+		boxes[i], _ = f.box(100)
+	}
+	_, w := f.box(100)
+	for i, b := range boxes {
+		b.Begin(1)
+		b.shutForTest()
+		answer(b, fmt.Sprint("a", i))
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for _, b := range boxes {
+		b.Flush()
+	}
+	runtime.ReadMemStats(&after)
+	if len(w.writes) != n {
+		t.Errorf("want %d answers by the one that is left, have %d", n, len(w.writes))
+	}
+	if have := (after.TotalAlloc - before.TotalAlloc) / n; have > 1000 { // a list of all takes 16,000
+		t.Errorf("want less than 1000 bytes for each, have %d", have)
+	}
+}
+
+// shutForTest closes b, which the siblings have yet to find out.
+func (b *Box) shutForTest() {
+	b.mu.Lock()
+	b.shut(nil)
+	b.mu.Unlock()
+}

@@ -5,13 +5,16 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -84,7 +87,8 @@ func (w *waiter) answer(actions []Action, err error) {
 }
 
 // Dial connects to an agent, on any network that net.Dial knows, and does the
-// HELLO. The context bounds both, and nothing after them.
+// HELLO. The context bounds both, and nothing after them. To an agent that speaks
+// TLS connect with a tls.Dialer, and give the connection to NewClient.
 func Dial(ctx context.Context, network, address string) (*Client, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
@@ -165,6 +169,19 @@ func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 	return agent.exported(), nil
 }
 
+// Ack is the actions of an ACK, in their order.
+type Ack []Action
+
+// Lookup returns what a variable is set to by the last action on it.
+func (a Ack) Lookup(s Scope, name string) (v Value, ok bool) {
+	for _, act := range a {
+		if act.Scope == s && act.Name == name {
+			v, ok = act.Value, !act.Unset
+		}
+	}
+	return v, ok
+}
+
 // Notify sends the messages in one NOTIFY (SPOE.txt 3.2.6) and returns the
 // actions of its ACK in their order, nil if there are none. The actions are the
 // caller's to keep. Messages may be used by several calls at once.
@@ -177,7 +194,7 @@ func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 // Two errors concern this call alone: that of a NOTIFY that exceeds the
 // negotiated frame size, which is not sent, and that of an ACK with which the
 // agent aborts it. Any other says why the connection has ended.
-func (c *Client) Notify(ctx context.Context, msgs ...*Message) ([]Action, error) {
+func (c *Client) Notify(ctx context.Context, msgs ...*Message) (Ack, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -564,4 +581,113 @@ func (t *tracedConn) tell(sent bool, b []byte) []byte {
 		b = b[end:]
 	}
 	return b
+}
+
+// ParseMessage returns a Message as NewMessage does, from text such as
+//
+//	check-request src=ip:192.0.2.1 method=str:GET port=int:443 str:"two words"
+//
+// which is a name and arguments of the form [NAME=]TYPE:VALUE with spaces between
+// them. The types are null (without a value), bool (true or false), int or int64,
+// int32, uint32, uint64, ip, str, bin, and hex for a bin in hexadecimal digits. A
+// value may be a Go string in double quotes. The command spop has the same form.
+func ParseMessage(text string) (*Message, error) {
+	name, rest, _ := strings.Cut(strings.TrimSpace(text), " ")
+	if name == "" {
+		return nil, errors.New("spoa: ParseMessage: want a name")
+	}
+	var args []Arg
+	for rest = strings.TrimLeft(rest, " "); rest != ""; rest = strings.TrimLeft(rest, " ") {
+		if len(args) == math.MaxUint8 {
+			return nil, errors.New("spoa: ParseMessage: more than 255 arguments")
+		}
+		a, after, err := cutArg(rest)
+		if err != nil {
+			return nil, fmt.Errorf("spoa: ParseMessage: argument %d: %w", len(args), err)
+		}
+		args, rest = append(args, a), after
+	}
+	return NewMessage(name, args...), nil
+}
+
+// MustParseMessage is ParseMessage for tests and constants: it panics if text is
+// malformed.
+func MustParseMessage(text string) *Message {
+	m, err := ParseMessage(text)
+	if err != nil {
+		panic(err)
+	}
+	return m
+}
+
+// cutArg takes an argument from the beginning of text.
+func cutArg(text string) (a Arg, rest string, err error) {
+	end := strings.IndexByte(text+" ", ' ')
+	word := text[:end]
+	if i := strings.IndexAny(word, "=:"); i >= 0 && word[i] == '=' {
+		a.Name, text = word[:i], text[i+1:]
+	}
+	kind, value, ok := strings.Cut(text, ":")
+	if colon := len(kind); !ok || colon > end { // the colon is another argument's
+		if kind, rest, _ = strings.Cut(text, " "); kind == "null" {
+			return a, rest, nil
+		}
+		return a, "", fmt.Errorf("%q: want [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1", word)
+	}
+	if quoted, err := strconv.QuotedPrefix(value); err == nil && quoted[0] == '"' {
+		rest = value[len(quoted):]
+		value, _ = strconv.Unquote(quoted)
+		if rest != "" && rest[0] != ' ' {
+			return a, "", fmt.Errorf("%q: want a space after %s", word, quoted)
+		}
+	} else {
+		value, rest, _ = strings.Cut(value, " ")
+	}
+	if a.Value, err = parseValue(kind, value); err != nil {
+		return a, "", fmt.Errorf("%q: %w", word, err)
+	}
+	return a, rest, nil
+}
+
+func parseValue(kind, text string) (Value, error) {
+	var v Value
+	var err error
+	switch kind {
+	case "bool":
+		v = Bool(text == "true")
+		if text != "true" && text != "false" {
+			err = errors.New("want true or false")
+		}
+	case "int", "int64", "int32":
+		var i int64
+		i, err = strconv.ParseInt(text, 10, 64)
+		v = Int64(i)
+		if kind == "int32" {
+			i, err = strconv.ParseInt(text, 10, 32)
+			v = Int32(int32(i))
+		}
+	case "uint32":
+		var u uint64
+		u, err = strconv.ParseUint(text, 10, 32)
+		v = Uint32(uint32(u))
+	case "uint64":
+		var u uint64
+		u, err = strconv.ParseUint(text, 10, 64)
+		v = Uint64(u)
+	case "ip":
+		if v = parseAddr(text); v.kind == KindNull {
+			err = errors.New("want an address, such as 192.0.2.1 or 2001:db8::1")
+		}
+	case "str":
+		v = String(text)
+	case "bin":
+		v = Binary([]byte(text))
+	case "hex":
+		var b []byte
+		b, err = hex.DecodeString(text)
+		v = Binary(b)
+	default:
+		err = fmt.Errorf("no type %q: want null, bool, int, int32, int64, uint32, uint64, ip, str, bin or hex", kind)
+	}
+	return v, err
 }

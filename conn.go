@@ -71,6 +71,7 @@ func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 	c.fragments.max = a.fragmentation
 	c.lastUsed.Store(int64(c.opened))
 	c.sender = sender{conn: c, nc: nc}
+	nc.SetWriteDeadline(a.workers.epoch.Add(c.opened + a.helloTimeout)) // of a TLS handshake, which writes within Read
 	c.box.Init(&c.sender, a.pipelining, &a.workers.inFlight)
 	c.queue.workers, c.queue.box, c.queue.taker = a.workers, &c.box, c
 	c.ctx, c.cancel = context.WithCancel(a.ctx)
@@ -147,6 +148,7 @@ type sender struct {
 	armed time.Duration // when the write deadline is
 }
 
+// WriteFrames implements outbox.Writer.
 func (s *sender) WriteFrames(b []byte, now time.Duration) (int, error) {
 	c := s.conn
 	if now == 0 {

@@ -16,8 +16,7 @@ import (
 func TestShutdownNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t)
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.nc.Close()
 		synctest.Wait()
 		start := time.Now()
@@ -34,8 +33,7 @@ func TestShutdownIdle(t *testing.T) {
 		a, ln := startMem(t, withNumbered(), hooks)
 		var hs []*haproxy
 		for range 5 {
-			h := ln.dial(t)
-			h.hello()
+			h := ln.greet(t)
 			h.wantAnswers()
 			hs = append(hs, h)
 		}
@@ -63,8 +61,7 @@ func TestShutdownStuckHandler(t *testing.T) {
 		g := newGate() // deaf to its context
 		defer close(g.open)
 		a, ln := startMem(t, WithHandler("number", g))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1))
 		g.wait(t, 1)
 		start := time.Now()
@@ -87,8 +84,7 @@ func TestShutdownCancelled(t *testing.T) {
 		g := newGate()
 		g.heeds = true
 		a, ln := startMem(t, WithHandler("number", g))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1))
 		g.wait(t, 1)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -104,8 +100,7 @@ func TestShutdownCancelled(t *testing.T) {
 func TestShutdownTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		start := time.Now()
 		results := make(chan error)
 		for range 3 {
@@ -129,15 +124,13 @@ func TestShutdownTwice(t *testing.T) {
 func TestShutdownAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
-		old := ln.dial(t)
-		old.hello()
+		old := ln.greet(t)
 		done := make(chan error)
 		go func() { done <- a.Shutdown(context.Background()) }()
 		for range 20 {
 			<-time.After(drain.QuietTime / 2)
 			old.wantAnswers()
-			h := ln.dial(t)
-			h.hello()
+			h := ln.greet(t)
 			h.wantAnswers()
 			h.nc.Close()
 			check := ln.dial(t)
@@ -157,8 +150,7 @@ func TestShutdownAnswers(t *testing.T) {
 func TestShutdownAfterHealthChecks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
-		asks := ln.dial(t)
-		asks.hello()
+		asks := ln.greet(t)
 		asks.wantAnswers()
 		asks.nc.Close()
 		for i := range 3 {
@@ -173,8 +165,7 @@ func TestShutdownAfterHealthChecks(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- a.Shutdown(context.Background()) }()
 		<-time.After(1200 * time.Millisecond)
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.wantAnswers()
 		h.nc.Close()
 		if err := <-done; err != nil {
@@ -190,9 +181,8 @@ func TestShutdownNearDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
 		a, ln := startMem(t, withNumbered(), WithHandler("slow", g))
-		h := ln.dial(t)
-		h.hello()
-		h.send(rawFrame(frameNotify, flagFIN, 5, 6, string(appendMessage(nil, NewMessage("slow")))))
+		h := ln.greet(t)
+		h.send(notifyOf(5, 6, NewMessage("slow")))
 		g.wait(t, 1)
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -312,8 +302,7 @@ func TestShutdownHalfClose(t *testing.T) {
 func TestShutdownNeverQuiet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		shut := make(chan error, 1)
 		go func() { shut <- a.Shutdown(context.Background()) }()
 		synctest.Wait()

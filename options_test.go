@@ -125,7 +125,7 @@ func TestRotation(t *testing.T) {
 		h := ln.dial(t)
 		h.hello()
 		h.wantAnswers()
-		h.send(rawFrame(frameNotify, flagFIN, 5, 5, string(appendMessage(nil, NewMessage("slow")))))
+		h.send(notifyOf(5, 5, NewMessage("slow")))
 		g.wait(t, 1)
 		for range 5 {
 			h.wantAnswers()
@@ -208,7 +208,7 @@ func TestFaultVar(t *testing.T) {
 		h := ln.dial(t)
 		h.hello()
 		notify := func(name string) {
-			h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(name)))))
+			h.send(notifyOf(1, 1, NewMessage(name)))
 		}
 		want := func(fault string) {
 			t.Helper()
@@ -631,7 +631,7 @@ func TestConns(t *testing.T) {
 		h.hello()
 		<-time.After(time.Minute)
 		h.wantAnswers()
-		slow := rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("slow"))))
+		slow := notifyOf(1, 1, NewMessage("slow"))
 		h.send(strings.Repeat(slow, 3))
 		g.wait(t, 3)
 		<-time.After(time.Second)

@@ -61,6 +61,7 @@ var (
 	ErrOverload  = errors.New("spoa: waited too long for its turn")
 )
 
+// errGoexit is the error of a handler that ended its goroutine.
 var errGoexit = errors.New("spoa: handler called runtime.Goexit")
 
 // Fault says why a message has not got the answer of its handler. The zero Fault
@@ -129,7 +130,7 @@ type job struct {
 
 const maxPooled = 32 << 10 // bytes of a buffer that is kept for later
 
-// newJob returns a job that answers f. Its payload has yet to be decoded.
+// newJob returns a job for a NOTIFY of q, to be given to begin and decode.
 func newJob(q *queue) *job {
 	j, _ := q.workers.jobs.Get().(*job)
 	if j == nil {
@@ -140,13 +141,13 @@ func newJob(q *queue) *job {
 	return j
 }
 
-// run is what a worker does.
+// run handles and answers j. It is what a worker does.
 func (j *job) run() {
 	defer j.queue.complete(j) // deferred: a handler's runtime.Goexit is answered too
 	j.queue.workers.handle(j)
 }
 
-// begin makes j ready for the NOTIFY of f; ids are f's, or a copy.
+// begin makes j ready for the NOTIFY of f. The ids are those of f, or a copy.
 func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 	j.stream, j.id, j.ids = f.stream, f.id, ids
 	j.arrived, j.started = arrived, arrived
@@ -170,6 +171,7 @@ func (j *job) shrink() {
 	j.buf, j.actions, j.ids = nil, Actions{}, nil
 }
 
+// recycle returns j to the pool.
 func (j *job) recycle() {
 	w := j.queue.workers
 	j.release()
@@ -230,11 +232,13 @@ type queue struct {
 	waiting jobList // for a worker
 	running jobList // with workers, not with the reader
 
-	tokens int // in workers.ring; this and after are guarded by workers.mu
-	after  *queue
+	// Guarded by workers.mu.
+	tokens int    // jobs waiting, as the ring of queues counts them
+	after  *queue // in that ring
 
-	seen   uint64 // the turn's seq at the watch's last look; this and seenAt are the watch's
-	seenAt time.Duration
+	// The watch's.
+	seen   uint64        // the turn's seq at the last look
+	seenAt time.Duration // when it changed
 }
 
 // taker is a connection whose reader can be replaced.
@@ -268,9 +272,9 @@ func (t *turn) end() bool {
 // pace decides where the handlers of a connection run.
 //
 // Inline, on the goroutine that reads the connection, a NOTIFY costs no switch
-// of goroutines, and all that one read brought is answered by one write: less
-// than a microsecond each, where a worker of its own costs 2 to 5. But a handler
-// that waits keeps waiting all that is behind it. So:
+// of goroutines, and all NOTIFYs of one read are answered by one write: less than
+// a microsecond each, where a worker of its own costs 2 to 5. But a handler that
+// waits delays all NOTIFYs behind it. So:
 //
 //   - A call that lasts longer than stallAfter loses the connection to another
 //     goroutine (see workers.watch); that costs a few microseconds, once, so it
@@ -279,7 +283,7 @@ func (t *turn) end() bool {
 //     or two batches in a row with more than slowCall a call while others
 //     waited, and the next spreadRun NOTIFYs go to workers. One alone proves
 //     nothing, since wall time counts preemption.
-//   - After that one call is tried inline. Is it slow, the next ones are spread
+//   - After that one call is tried inline. If it is slow, the next ones are spread
 //     again: a slow handler costs its neighbours one call in spreadRun; a false
 //     alarm costs about a millisecond of CPU and is over.
 //
@@ -287,9 +291,9 @@ func (t *turn) end() bool {
 // a neighbour may notice; a shorter one would need a finer clock than the tick
 // of the runtime's timers that it is measured with.
 type pace struct {
-	left  int  // NOTIFYs still to be spread
-	slow  bool // the last batch was
-	calls int  // since the last stall
+	spread int  // NOTIFYs still to be given to workers
+	slow   bool // the last batch was
+	calls  int  // since the last stall
 }
 
 const (
@@ -299,17 +303,17 @@ const (
 	spreadRun  = 256
 )
 
-// inline tells whether the next NOTIFY is to be handled inline.
+// inline reports whether the next NOTIFY is to be handled inline.
 func (p *pace) inline() bool {
-	if p.left == 0 {
+	if p.spread == 0 {
 		return true
 	}
-	p.left--
+	p.spread--
 	return false
 }
 
-// batch is told of calls made inline in a row, and whether others waited
-// meanwhile.
+// batch takes note of calls made inline in a row, and whether other NOTIFYs
+// waited meanwhile.
 func (p *pace) batch(calls int, took time.Duration, waited bool) {
 	p.calls = min(p.calls+calls, stallRun)
 	if took <= time.Duration(calls)*slowCall {
@@ -317,15 +321,15 @@ func (p *pace) batch(calls int, took time.Duration, waited bool) {
 		return
 	}
 	if p.slow && waited {
-		p.left = spreadRun
+		p.spread = spreadRun
 	}
 	p.slow = true
 }
 
-// stalled is told of a call inline that lost the connection.
+// stalled takes note of an inline call that has lost the connection.
 func (p *pace) stalled() {
 	if p.calls < stallRun {
-		p.left = spreadRun
+		p.spread = spreadRun
 	}
 	p.calls = 0
 }
@@ -333,7 +337,7 @@ func (p *pace) stalled() {
 // workers runs the handlers of an agent.
 type workers struct {
 	*options
-	epoch    time.Time
+	epoch    time.Time // the zero of clock
 	limit    limiter
 	inFlight outbox.Total
 
@@ -353,7 +357,7 @@ type workers struct {
 	looked   []*queue // watch's own
 
 	unknownMu sync.Mutex
-	unknown   map[string]bool // names that nobody handles, warned of
+	unknown   map[string]bool // names without a handler that were warned of
 }
 
 func newWorkers(o *options) *workers {
@@ -390,7 +394,7 @@ func (w *workers) limitOf(n *notify) time.Duration {
 	return longest
 }
 
-// clock is the time since the epoch: monotonic, and half the price of time.Now.
+// clock returns the time since the epoch: monotonic, at half the cost of time.Now.
 func (w *workers) clock() time.Duration { return time.Since(w.epoch) }
 
 // acquire takes a permit to run a handler, unless others wait for one.
@@ -820,11 +824,11 @@ const (
 // stalled readers, answers what is late, and warns of slow handlers. It runs
 // every tick while there are such queues.
 //
-// It also tells readers when they are many and have much to do. Then those whose
+// It also sets busy when many readers have much to do. Then those whose
 // NOTIFYs come several at a time let others run before they read again: meanwhile
 // more has been received, mostly, so that neither a read that brings nothing nor
 // a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
-// in flight), but adds as much where nobody else has anything to do.
+// in flight), but adds as much where no other goroutine has anything to do.
 func (w *workers) watch() {
 	now := w.clock()
 	w.watchMu.Lock()
@@ -961,7 +965,7 @@ func (w *workers) warnSlow(messages []string) {
 }
 
 // deadline is the context of a NOTIFY under WithHandlerTimeout. It needs no
-// timer: the watch, or a look at the clock, tells when it is over. It is not
+// timer: the watch ends it, or a look at the clock. It is not
 // used again, since a handler may have given it to a goroutine.
 type deadline struct {
 	context.Context // the connection's
@@ -969,8 +973,8 @@ type deadline struct {
 
 	mu   sync.Mutex
 	err  error
-	done chan struct{} // made when somebody asks
-	stop func() bool   // likewise: ends the wait for the connection's
+	done chan struct{} // made by the first call of Done
+	stop func() bool   // made with done: ends the wait for the connection's context
 }
 
 func (d *deadline) Deadline() (time.Time, bool) { return d.at, true }

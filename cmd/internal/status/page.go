@@ -38,6 +38,8 @@ type pageData struct {
 	Opened, HealthChecks string
 	Messages             []pageMessage
 	Lists                []pageList
+	Sources              []pageSource
+	WouldDeny            string
 	Unlisted             string
 	RandomScores         string
 	Faults               []pageFault
@@ -84,7 +86,7 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 
 func (st *Status) pageData(now time.Time) *pageData {
 	d := &pageData{
-		Build: st.config.Build, Draining: st.draining.Load(), Random: st.config.Lists == nil, Up: short(now.Sub(st.started)),
+		Build: st.config.Build, Draining: st.draining.Load(), Random: st.random != nil, Up: short(now.Sub(st.started)),
 		Opened: number(value(st.opened)), HealthChecks: number(value(st.checks)),
 	}
 	conns := st.config.Conns()
@@ -103,6 +105,7 @@ func (st *Status) pageData(now time.Time) *pageData {
 	}
 	d.addMessages(st)
 	d.addLists(st, now)
+	d.addSources(st, now)
 	for _, s := range faultCodes {
 		d.addFault(st, s.String(), statusCode(s), byAgent, byHAProxy)
 	}
@@ -140,6 +143,9 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 		return
 	}
 	d.Unlisted = number(value(st.unlisted))
+	if st.config.Lists == nil {
+		return
+	}
 	for _, s := range st.config.Lists.Stats() {
 		p := pageList{
 			Name: s.Name, File: s.File, Kind: listKind(s), Entries: number(float64(s.Entries)), BadLines: s.BadLines,
@@ -170,8 +176,9 @@ func peerName(a net.Addr) string {
 
 // abridged is for what a peer may fill with anything, and make as long as a
 // frame.
-func abridged(s string) string {
-	const most = 64
+func abridged(s string) string { return abridgedTo(s, 64) }
+
+func abridgedTo(s string, most int) string {
 	r := []rune(s)
 	more := len(r) > most
 	r = r[:min(len(r), most)]

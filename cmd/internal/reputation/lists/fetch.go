@@ -46,6 +46,7 @@ type remote struct {
 	client *http.Client
 	cache  cache
 	pause  time.Duration // before the second try
+	limit  time.Duration // for an answer
 }
 
 func newRemote(o Options) remote {
@@ -57,7 +58,7 @@ func newRemote(o Options) remote {
 		t.ResponseHeaderTimeout = 30 * time.Second
 		client.Transport = t
 	}
-	client.Timeout = cmp.Or(o.timeout, fetchTime)
+	client.Timeout = 0
 	client.CheckRedirect = func(r *http.Request, via []*http.Request) error {
 		switch {
 		case len(via) > maxRedirects:
@@ -67,7 +68,7 @@ func newRemote(o Options) remote {
 		}
 		return nil
 	}
-	return remote{client: client, cache: cache{o.Cache}, pause: cmp.Or(o.pause, time.Second)}
+	return remote{client: client, cache: cache{o.Cache}, pause: cmp.Or(o.pause, time.Second), limit: cmp.Or(o.timeout, fetchTime)}
 }
 
 // showURL returns a URL without its user and query, in which secrets may be, and
@@ -116,6 +117,8 @@ func (r *remote) fetch(ctx context.Context, rawURL string, o *origin) (answer, e
 
 // try asks once.
 func (r *remote) try(ctx context.Context, rawURL string, o *origin) (a answer, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, r.limit, fmt.Errorf("no whole answer within %v", r.limit))
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, rawURL, nil)
 	if err != nil {
 		return a, backoff.Permanent(hideURL(err))
@@ -133,7 +136,7 @@ func (r *remote) try(ctx context.Context, rawURL string, o *origin) (a answer, e
 		if errors.As(err, &badCert) {
 			return a, backoff.Permanent(hideURL(err))
 		}
-		return a, hideURL(err)
+		return a, cmp.Or(context.Cause(ctx), hideURL(err))
 	}
 	defer resp.Body.Close()
 	a.status = resp.StatusCode
@@ -150,9 +153,13 @@ func (r *remote) try(ctx context.Context, rawURL string, o *origin) (a answer, e
 		return a, backoff.Permanent(refuse(Malformed, errors.New("a web page, no list")))
 	}
 	a.body, err = r.cache.spool(rawURL, a, io.LimitReader(resp.Body, maxFetched+1))
-	if err == nil && a.body.size > maxFetched {
+	switch {
+	case ctx.Err() != nil: // whatever the server made of the end
 		a.body.discard()
-		err = backoff.Permanent(fmt.Errorf("more than %d MiB", maxFetched>>20))
+		return a, context.Cause(ctx)
+	case err == nil && a.body.size > maxFetched:
+		a.body.discard()
+		return a, backoff.Permanent(fmt.Errorf("more than %d MiB", maxFetched>>20))
 	}
 	return a, err
 }
@@ -236,6 +243,7 @@ func (l *Lists) take(s *source, body spool, a answer, fetched time.Time) error {
 	func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
+		defer beginLoad()()
 		c, err := parse(body.reader(), s.File, s.allow, s.shown, body.size)
 		if r = l.accept(s, c, err, modified); r.err == nil {
 			s.origin.every = c.every

@@ -204,7 +204,7 @@ func TestFetchSlow(t *testing.T) {
 	o := s.options("")
 	o.timeout = 50 * time.Millisecond
 	_, err := openLists(t, o)
-	if err == nil || !strings.Contains(err.Error(), "Timeout") || len(s.asked()) != tries {
+	if err == nil || !strings.Contains(err.Error(), "no whole answer within 50ms") || len(s.asked()) != tries {
 		t.Errorf("want a timeout at each try, have %v, %d requests", err, len(s.asked()))
 	}
 	s.next(slow)

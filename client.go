@@ -34,9 +34,8 @@ var errBusy = errors.New("spoa: too many NOTIFYs in flight")
 // load. It insists on what the specification says even where HAProxy is
 // lenient. Its methods may be called by several goroutines at once.
 //
-// A connection ends with Close, when the agent says AGENT-DISCONNECT or closes
-// it, or at the agent's first fault, which the agent is told in a
-// HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the
+// A connection ends with Close, when the agent sends an AGENT-DISCONNECT or closes
+// it, or at the agent's first fault, which it is sent in a HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the
 // same error, which is or wraps a *DisconnectError: with Remote and the agent's
 // status if the agent said why; with StatusIO, around the error of the
 // net.Conn, if the connection broke; with StatusNormal after Close; otherwise
@@ -49,13 +48,13 @@ type Client struct {
 	actions []Action      // of the ACK being handled
 
 	slots   chan struct{} // holds one for each NOTIFY in flight
-	waiters sync.Pool     // of *waiter; per Client, so that a synctest bubble can hold one
+	waiters sync.Pool     // of *waiter; not shared by Clients, which may be in different synctest bubbles
 	writers sync.WaitGroup
 	done    chan struct{} // closed when the connection is, and no goroutine left
 	bye     error         // what Close returns, set before done is closed
 
 	mu      sync.Mutex
-	pending map[uint64]func([]Action, error) // who waits, by STREAM-ID
+	pending map[uint64]func([]Action, error) // what to call with the answer, by STREAM-ID
 	stream  uint64                           // the next STREAM-ID
 	out     []byte                           // frames to write
 	spare   []byte                           // the next out
@@ -145,8 +144,8 @@ func (h *hello) exported() AgentHello {
 	return a
 }
 
-// Check does what HAProxy's `option spop-check` does: it connects to an agent,
-// on any network that net.Dial knows, and is content if Probe is.
+// Check does what HAProxy's `option spop-check` does: it connects to an agent, on
+// any network that net.Dial knows, and returns the error of Probe.
 func Check(ctx context.Context, network, address string) error {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
@@ -156,9 +155,9 @@ func Check(ctx context.Context, network, address string) error {
 	return err
 }
 
-// Probe says a HELLO with healthcheck set (SPOE.txt 3.2.4) and returns what the
-// agent agrees to, or why it is not well, as NewClient does. It closes the
-// connection, as the agent may.
+// Probe sends a HELLO with healthcheck set (SPOE.txt 3.2.4) and returns what the
+// agent agrees to, or an error as NewClient does. It closes the connection, as the
+// agent may.
 func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 	ours := hello{versions: version, frameSize: checkFrameSize, healthcheck: true}
 	agent, err := greet(ctx, conn, bufio.NewReaderSize(conn, lengthSize+checkFrameSize), &ours)
@@ -221,8 +220,8 @@ func (c *Client) Notify(ctx context.Context, msgs ...*Message) (Ack, error) {
 	return actions, err
 }
 
-// Start is Notify for those who keep many NOTIFYs in flight without a goroutine
-// for each, as a load generator does. It returns at once: with an error if the
+// Start is Notify without a goroutine for each NOTIFY in flight, for load
+// generators. It returns at once: with an error if the
 // NOTIFY has not been sent, because it is too big, 1024 are in flight (one
 // without pipelining) or the connection has ended; otherwise done is called
 // once, with what Notify would return. The actions and their Values are gone
@@ -320,7 +319,7 @@ func (c *Client) abandon(stream uint64) bool {
 
 func ignore([]Action, error) {}
 
-// Close says HAPROXY-DISCONNECT, waits for the agent's answer for up to two
+// Close sends a HAPROXY-DISCONNECT (SPOE.txt 3.2.8), waits for the agent's answer for up to two
 // seconds, and closes the connection. It returns nil if the agent answers with
 // AGENT-DISCONNECT and StatusNormal, or if the connection had ended before, and
 // what the agent did instead otherwise. Notifys that wait fail at once.
@@ -330,8 +329,8 @@ func (c *Client) Close() error {
 	return c.bye
 }
 
-// stop makes err the answer to every NOTIFY, and tells the agent if it does not
-// know. It reports whether it was the first.
+// stop makes err the answer to every NOTIFY, and sends the agent a DISCONNECT if
+// that does not know the reason. It reports whether it was the first.
 func (c *Client) stop(err error) bool {
 	c.mu.Lock()
 	if c.err != nil {
@@ -353,7 +352,7 @@ func (c *Client) stop(err error) bool {
 	return true
 }
 
-// unsaid returns the DisconnectError in err if the agent is still to be told.
+// unsaid returns the DisconnectError in err if the agent has yet to be sent it.
 func unsaid(err error) (*DisconnectError, bool) {
 	var d *DisconnectError
 	ok := errors.As(err, &d)
@@ -435,7 +434,7 @@ func (c *Client) handle(f *frame) error {
 	return nil
 }
 
-// greet says HELLO and returns the agent's, or closes the connection.
+// greet sends a HELLO and returns the agent's, or closes the connection.
 func greet(ctx context.Context, conn net.Conn, r *bufio.Reader, ours *hello) (agent hello, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	if _, err = conn.Write(appendHello(nil, frameHAProxyHello, ours)); err != nil {
@@ -457,7 +456,7 @@ func greet(ctx context.Context, conn net.Conn, r *bufio.Reader, ours *hello) (ag
 	return hello{}, err
 }
 
-// readAgentHello wants of the AGENT-HELLO what HAProxy wants.
+// readAgentHello reads the AGENT-HELLO and checks it as HAProxy does.
 func readAgentHello(r *bufio.Reader, maxSize uint32) (agent hello, err error) {
 	var f frame
 	if err := readFrame(r, &f, maxSize); err != nil {
@@ -538,8 +537,8 @@ func newEngineID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// Trace returns conn in a wrapper that tells f each frame, sent or received, in
-// readable form, such as `ACK 1:1 set-var sess.ip_score int64 42`; for looking at
+// Trace returns conn in a wrapper that calls f with each frame, sent or received,
+// in readable form, such as `ACK 1:1 set-var sess.ip_score int64 42`; for looking at
 // what a Client or an agent says. It calls f once at a time.
 func Trace(conn net.Conn, f func(sent bool, frame string)) net.Conn {
 	return &tracedConn{Conn: conn, f: f}
@@ -554,17 +553,17 @@ type tracedConn struct {
 
 func (t *tracedConn) Read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
-	t.in = t.tell(false, append(t.in, p[:n]...))
+	t.in = t.report(false, append(t.in, p[:n]...))
 	return n, err
 }
 
 func (t *tracedConn) Write(p []byte) (int, error) {
-	t.out = t.tell(true, append(t.out, p...)) // before the answer can come
+	t.out = t.report(true, append(t.out, p...)) // before the answer can come
 	return t.Conn.Write(p)
 }
 
-// tell tells the whole frames of b and returns the rest.
-func (t *tracedConn) tell(sent bool, b []byte) []byte {
+// report passes each whole frame in b to f and returns the remainder.
+func (t *tracedConn) report(sent bool, b []byte) []byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for len(b) >= lengthSize {

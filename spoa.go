@@ -161,6 +161,21 @@ func (a *Agent) Serve(nl net.Listener) error {
 	return err
 }
 
+// ListenAndServe listens on a network and address as net.Listen does, such as
+// "tcp" and "127.0.0.1:9000", or "unix" and a path, and calls Serve. For TLS call
+// Serve with the listener of tls.Listen. With the usual umask a unix socket is its
+// owner's alone; to share it call net.Listen, os.Chmod and Serve.
+func (a *Agent) ListenAndServe(network, address string) error {
+	if a.phase.Load() != serving {
+		return ErrAgentClosed
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return err
+	}
+	return a.Serve(l)
+}
+
 // ending forgets a listener that accepts no more, and reports whether the agent
 // is coming to its end.
 func (a *Agent) ending(l *listener) bool {
@@ -342,7 +357,8 @@ func (a *Agent) Close() error {
 // Actor returns the agent as an actor of a group of github.com/oklog/run. Its
 // execute is Serve. A group calls interrupts one after another, so this one only
 // begins a Shutdown that may last as long as grace, and returns; execute returns
-// when that is done.
+// when that is done. An agent with several listeners is that many actors of one
+// group: Actor is called for each.
 func (a *Agent) Actor(l net.Listener, grace time.Duration) (execute func() error, interrupt func(error)) {
 	execute = func() error { return a.Serve(l) }
 	interrupt = func(error) {

@@ -22,7 +22,8 @@
 //
 // Every NOTIFY is answered by exactly one ACK, whatever its handler does.
 // [Agent.Shutdown] ends an agent without the loss of a request. What HAProxy
-// sends is in section 3 of its doc/SPOE.txt.
+// sends is in section 3 of https://github.com/haproxy/haproxy/blob/master/doc/SPOE.txt,
+// which the documentation here means by SPOE.txt.
 package spoa
 
 import (

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -26,16 +27,23 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
+// flushTimeout is how long the end waits for the last lines of the log.
+const flushTimeout = time.Second
+
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before the agent
 	os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-func realMain(args []string, stdout, stderr io.Writer) int {
+func realMain(args []string, stdout, stderrFile io.Writer) int {
+	stderr := linewriter.New(stderrFile)
+	defer stderr.Close(flushTimeout)
 	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -59,7 +67,7 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	run := serve
+	run := func(c *config, _ io.Writer) error { return serve(c, stderr) }
 	switch {
 	case c.lookup != "":
 		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
@@ -126,7 +134,7 @@ type service struct {
 }
 
 // newService loads the lists and certificates, and opens the listeners.
-func newService(ctx context.Context, c *config, logger log.Logger) (*service, error) {
+func newService(ctx context.Context, c *config, logger log.Logger, stderr *linewriter.Writer) (*service, error) {
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
@@ -146,6 +154,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
+		Dropped:  stderr.Dropped,
 	})
 	var hooks spoa.Hooks
 	if c.metrics.Network != "" {
@@ -172,7 +181,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 }
 
 // serve runs the agent until a signal ends it.
-func serve(c *config, stderr io.Writer) error {
+func serve(c *config, stderr *linewriter.Writer) error {
 	// Before anything that takes time, so that no signal falls through.
 	hup, end := make(chan os.Signal, 1), make(chan os.Signal, 2)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -181,8 +190,13 @@ func serve(c *config, stderr io.Writer) error {
 	defer signal.Stop(end)
 
 	logger := c.logger(stderr)
+	stderr.Notice(func(dropped uint64) []byte {
+		var b bytes.Buffer
+		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
+		return b.Bytes()
+	})
 	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	s, err := newService(opening, c, logger)
+	s, err := newService(opening, c, logger, stderr)
 	ended := opening.Err() != nil
 	opened()
 	switch {

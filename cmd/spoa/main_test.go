@@ -792,6 +792,63 @@ func TestHUP(t *testing.T) {
 	said(`STOPPING=1`)
 }
 
+// Whoever reads the log may end or stand still: answers go on, and so does the end.
+func TestLogReader(t *testing.T) {
+	for name, gone := range map[string]bool{"ends": true, "stands still": false} {
+		t.Run(name, func(t *testing.T) {
+			dir := shortTempDir(t)
+			sock := filepath.Join(dir, "s")
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if gone {
+				r.Close()
+			}
+			cmd := asCommand(t, "-listen", "unix:"+sock, "-metrics", "unix:"+filepath.Join(dir, "m"), "-d", "-drain", "10ms")
+			cmd.Stderr = w
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			w.Close()
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			defer cmd.Process.Kill()
+			eventually(t, "an agent", func() bool { return spoa.Check(t.Context(), "unix", sock) == nil })
+			c, err := spoa.Dial(t.Context(), "unix", sock)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
+				spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
+			for range 1000 { // each is a line of 4 kB and more
+				if _, err := c.Notify(ctx, m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			text := fetch(t, unixClient(filepath.Join(dir, "m")), "/metrics")
+			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(text) {
+				t.Error("want lines dropped and counted")
+			}
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case err := <-ended:
+				if err != nil {
+					t.Errorf("want status 0, have %v", err)
+				}
+			case <-ctx.Done():
+				t.Error("want the end after SIGTERM")
+			}
+		})
+	}
+}
+
 func TestJSONLog(t *testing.T) {
 	p := startProcess(t, asCommand(t, "-listen", "127.0.0.1:0", "-log-format", "json", "-c", "odd"), syscall.SIGKILL)
 	p.await(t, `"msg":"listening"`)

@@ -101,6 +101,9 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithHooks(hooks),
 		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
 	}
+	if d := c.timeout(); d > 0 {
+		opts = append(opts, spoa.WithHandlerTimeout(d))
+	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
 	}
@@ -195,13 +198,11 @@ func serve(c *config, stderr *linewriter.Writer) error {
 		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
 		return b.Bytes()
 	})
-	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	s, err := newService(opening, c, logger, stderr)
-	ended := opening.Err() != nil
-	opened()
+	level.Debug(logger).Log("msg", "opening lists, certificates and sockets")
+	s, err := open(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
 	switch {
-	case err != nil && ended:
-		level.Info(logger).Log("msg", "ended before it was ready")
+	case errors.Is(err, run.ErrSignal):
+		level.Info(logger).Log("msg", "ended before it was ready", "reason", err)
 		return nil
 	case err != nil:
 		return err
@@ -280,10 +281,52 @@ func (s *service) serveOne(l net.Listener) error {
 	return err
 }
 
+// open calls f, but a signal ends the wait for it at once: a file may hang.
+func open(end <-chan os.Signal, f func(context.Context) (*service, error)) (*service, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	type result struct {
+		s   *service
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		s, err := f(ctx)
+		done <- result{s, err}
+	}()
+	select {
+	case r := <-done:
+		return r.s, r.err
+	case sig := <-end:
+		return nil, &run.SignalError{Signal: sig}
+	}
+}
+
+// lastWait is how long the end waits for what has been told to end. A file that
+// hangs can keep it for ever.
+const lastWait = time.Second
+
 // actor makes an actor of what runs until its context ends.
 func actor(f func(context.Context) error) (execute func() error, interrupt func(error)) {
 	ctx, cancel := context.WithCancel(context.Background())
-	return func() error { return f(ctx) }, func(error) { cancel() }
+	execute = func() error {
+		done := make(chan error, 1)
+		go func() { done <- f(ctx) }()
+		select {
+		case err := <-done:
+			return err
+		case <-ctx.Done():
+		}
+		t := time.NewTimer(lastWait)
+		defer t.Stop()
+		select {
+		case err := <-done:
+			return err
+		case <-t.C:
+			return ctx.Err()
+		}
+	}
+	return execute, func(error) { cancel() }
 }
 
 // reload reads lists and certificates again at each signal, until ctx ends.

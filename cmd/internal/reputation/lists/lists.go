@@ -335,7 +335,7 @@ func (l *Lists) report(results []result) error {
 func (c *content) warnings(s *source, hasAllow bool, before int) (all []string) {
 	warn := func(format string, args ...any) { all = append(all, s.shown+": "+fmt.Sprintf(format, args...)) }
 	if c.numbers > 0 && c.column.Kind == ColumnUnsaid {
-		warn("%d addresses have a number behind them, first in line %d; it is not used, each scores %d; to choose, put ,column=KIND "+
+		warn("the numbers behind addresses (%d, the first in line %d) are not used, each address scores %d; to choose, put ,column=KIND "+
 			"behind the list's name, or a comment \"# spoa: column=KIND\" before its first entry; KIND is %s", c.numbers, c.number, s.Score, columnKinds)
 	}
 	if c.numbers == 0 && c.lines > 0 && (c.column.Kind == ColumnScore || c.column.Kind == ColumnBadness) {

@@ -325,7 +325,7 @@ func TestLog(t *testing.T) {
 		{"none of no records", "192.0.2.1\n" + `{"type":"metadata","records":0}`, "", false, nil, []string{"level=warn"}},
 		{"entries", firehol + "192.0.2.1\n", "", false, []string{"3 entries, more than the 2 1"}, nil},
 		{"numbers", "# x\n198.51.100.7\t10\n203.0.113.9\t3\n", "=5", false,
-			[]string{"2 addresses have a number behind them, first in line 2; it is not used, each scores 5 1", "# spoa: column=KIND 1", "badness 1"}, nil},
+			[]string{"(2, the first in line 2) are not used, each address scores 5 1", "# spoa: column=KIND 1", "badness 1"}, nil},
 		{"numbers to ignore", "198.51.100.7\t10\n", ",column=ignore", false, nil, []string{"level=warn"}},
 		{"counts", "198.51.100.7\t10\n203.0.113.9\t3\n", ",column=count>=4", false, []string{"entries=1 1"}, []string{"level=warn"}},
 		{"counts too low", "198.51.100.7\t10\n203.0.113.9\t3\n", ",column=count>=40", false, []string{"none of 2 reaches count>=40 1"}, nil},

@@ -324,9 +324,9 @@ func TestCache(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.next(handlers...)
-		var buf bytes.Buffer
+		var buf logBuffer
 		o := s.options(dir)
-		o.Logger = log.NewLogfmtLogger(log.NewSyncWriter(&buf))
+		o.Logger = log.NewLogfmtLogger(&buf)
 		l, err := openLists(t, o)
 		if err != nil {
 			t.Fatal(err)
@@ -408,7 +408,7 @@ func TestCacheFull(t *testing.T) {
 // Secrets of a URL are not shown.
 func TestFetchSecrets(t *testing.T) {
 	s := newServer(t, status(404))
-	var buf bytes.Buffer
+	var buf logBuffer
 	o := s.options("")
 	o.Logger = log.NewLogfmtLogger(&buf)
 	o.Block[0].Path = strings.Replace(s.URL, "://", "://me:secret@", 1) + "/list?key=secret&b=c"

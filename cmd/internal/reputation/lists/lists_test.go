@@ -346,7 +346,7 @@ func TestLog(t *testing.T) {
 			if err := files.Set("list.txt" + tc.options); err != nil {
 				t.Fatal(err)
 			}
-			var buf bytes.Buffer
+			var buf logBuffer
 			o := Options{Logger: log.NewLogfmtLogger(&buf), Block: files}
 			if tc.allow {
 				o.Allow = []File{{Path: "allow.txt"}}
@@ -407,7 +407,7 @@ func TestReload(t *testing.T) {
 	writeFile(t, a, "192.0.2.1 10\n")
 	writeFile(t, b, "192.0.2.2 20\n")
 	writeFile(t, allow, "192.0.2.3\n")
-	var buf bytes.Buffer
+	var buf logBuffer
 	l, err := openLists(t, Options{Logger: log.NewLogfmtLogger(&buf), Block: []File{scored(a), scored(b)}, Allow: []File{{Path: allow}}})
 	if err != nil {
 		t.Fatal(err)
@@ -595,4 +595,28 @@ func writeFile(tb testing.TB, path, data string) {
 	if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
 		tb.Fatal(err)
 	}
+}
+
+// logBuffer takes what several goroutines log.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *logBuffer) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b.Reset()
 }

@@ -1,7 +1,6 @@
 package lists
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -260,7 +259,7 @@ func TestDirectory(t *testing.T) {
 		writeFile(t, file("a.txt"), "192.0.2.1 10\n")
 		writeFile(t, file(".hidden.txt"), "192.0.2.1 0\n")
 		writeFile(t, file("old.txt~"), "192.0.2.1 0\n")
-		var buf bytes.Buffer
+		var buf logBuffer
 		l, err := openLists(t, Options{Logger: log.NewLogfmtLogger(&buf), Block: []File{scored(filepath.Join(dir, pattern))}})
 		if err != nil {
 			t.Fatal(err)

@@ -124,7 +124,7 @@ func TestAsyncNotAgreed(t *testing.T) {
 		gone := ln.raw(t)
 		rawHelloAs(t, gone, hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining", engineID: "engine"})
 		for _, name := range []string{"first", "second"} {
-			if _, err := io.WriteString(gone, rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(name))))); err != nil {
+			if _, err := io.WriteString(gone, notifyOf(1, 1, NewMessage(name))); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -23,8 +23,7 @@ import (
 func TestDisconnectInFlight(t *testing.T) {
 	g := newGate()
 	_, ln := startMem(t, WithHandler("number", g))
-	h := ln.dial(t)
-	h.hello()
+	h := ln.greet(t)
 	want := make(map[uint64]bool)
 	for id := range uint64(20) {
 		h.send(notifyFrame(id, id+1))
@@ -51,8 +50,7 @@ func TestDisconnectStuck(t *testing.T) {
 		g := newGate()
 		g.heeds = true
 		_, ln := startMem(t, WithHandler("number", g))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1))
 		g.wait(t, 1)
 		start := time.Now()
@@ -67,8 +65,7 @@ func TestDisconnectStuck(t *testing.T) {
 func TestFaultInFlight(t *testing.T) {
 	g := newGate()
 	_, ln := startMem(t, WithHandler("number", g))
-	h := ln.dial(t)
-	h.hello()
+	h := ln.greet(t)
 	h.send(notifyFrame(1, 1))
 	g.wait(t, 1)
 	h.send(rawFrame(frameNotify, flagFIN, 2, 2, "\x01"))
@@ -81,14 +78,12 @@ func TestFaultInFlight(t *testing.T) {
 func TestFaultAfterNotify(t *testing.T) {
 	_, ln := startMem(t, withNumbered(), WithWorkers(2))
 	for range 3 {
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1), rawFrame(frameNotify, flagFIN, 2, 2, "\x01"))
 		h.wantAck(1, 1)
 		h.wantEnd(StatusInvalidFrame)
 	}
-	h := ln.dial(t)
-	h.hello()
+	h := ln.greet(t)
 	h.wantAnswers()
 }
 
@@ -232,8 +227,7 @@ func TestFrameSize(t *testing.T) {
 
 func TestUnknownFrames(t *testing.T) {
 	_, ln := startMem(t, withNumbered())
-	h := ln.dial(t)
-	h.hello()
+	h := ln.greet(t)
 	for kind := range 256 {
 		switch kind {
 		case frameUnset, frameNotify, frameHAProxyHello, frameHAProxyDisconnect:
@@ -246,8 +240,7 @@ func TestUnknownFrames(t *testing.T) {
 
 func TestNotifyRefusedByAgent(t *testing.T) {
 	_, ln := startMem(t, withNumbered())
-	healthy := ln.dial(t)
-	healthy.hello()
+	healthy := ln.greet(t)
 	argument := func(value string) string { return "\x01m\x01\x01a" + value }
 	for name, payload := range map[string]string{
 		"type 10":                 argument("\x0a"),
@@ -268,8 +261,7 @@ func TestNotifyRefusedByAgent(t *testing.T) {
 		"argument of 2^63 length": "\x01m\x01" + string(appendVarint(nil, 1<<63)),
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := ln.dial(t)
-			h.hello()
+			h := ln.greet(t)
 			h.send(notifyFrame(1, 1))
 			h.send(rawFrame(frameNotify, flagFIN, 2, 2, payload))
 			h.wantAck(1, 1)
@@ -294,7 +286,7 @@ func TestAckSize(t *testing.T) {
 				}),
 			}
 			if fault {
-				opts = append(opts, WithFaultVar(ScopeTxn, strings.Repeat("f", 63)))
+				opts = append(opts, faultText(ScopeTxn, strings.Repeat("f", 63)))
 			}
 			_, ln := startMem(t, opts...)
 			h := ln.dial(t)
@@ -314,29 +306,11 @@ func TestAckSize(t *testing.T) {
 					largest = max(largest, length)
 				}
 			}
-			want := size
-			if fault {
-				want -= len("\x01\x03\x02\x3f") + 63 + len("\x08\x08overload")
-			}
-			if want != largest {
+			if want := size; want != largest {
 				t.Errorf("stream %d, fault variable %v: want the largest ACK of %d bytes, have %d", stream, fault, want, largest)
 			}
 		}
 	}
-}
-
-// breaking is a connection the end of which shows as err.
-type breaking struct {
-	net.Conn
-	err error
-}
-
-func (b breaking) Read(p []byte) (int, error) {
-	n, err := b.Conn.Read(p)
-	if err == io.EOF {
-		err = b.err
-	}
-	return n, err
 }
 
 // However a peer goes, that is no fault of anybody's.
@@ -346,12 +320,9 @@ func TestNormalEnds(t *testing.T) {
 		hooks, closed := hooked()
 		_, ln := startMem(t, withNumbered(), hooks, WithLogger(level.NewFilter(lines, level.AllowInfo())))
 		end := func(err error) error {
-			near, far := net.Pipe()
-			ln.offer(t, breaking{far, err})
-			h := newHAProxy(t, near)
-			h.hello()
+			h := ln.greetBreaking(t, err)
 			h.wantAnswers()
-			near.Close()
+			h.nc.Close()
 			defer synctest.Wait() // it is logged after that
 			return <-closed
 		}
@@ -383,8 +354,7 @@ func TestShrinks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, ln := startMem(t, withNumbered())
 		for held := minBuffer - 2; held <= minBuffer+2; held++ {
-			h := ln.dial(t)
-			h.hello()
+			h := ln.greet(t)
 			wire := notifySized(16000)
 			h.send(wire)
 			h.wantAck(1, 2)
@@ -404,12 +374,11 @@ func TestWindow(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					g := newGate()
 					a, ln := startMem(t, WithPipelining(window), withNumbered(), WithHandler("slow", g))
-					h := ln.dial(t)
-					h.hello()
+					h := ln.greet(t)
 					for range before {
 						h.wantAnswers()
 					}
-					wire := strings.Repeat(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("slow")))), 1000)
+					wire := strings.Repeat(notifyOf(1, 1, NewMessage("slow")), 1000)
 					written := make(chan error, 1)
 					go func() {
 						_, err := io.WriteString(h.nc, wire)
@@ -443,8 +412,7 @@ func TestWindowLeavesWorker(t *testing.T) {
 				<-time.After(took)
 				return nil
 			}))
-			h := ln.dial(t)
-			h.hello()
+			h := ln.greet(t)
 			for range 5 { // what comes at once decides where the next run
 				h.send(strings.Repeat(notifyFrame(1, 1), 20))
 				for range 20 {
@@ -478,8 +446,7 @@ func TestContextOfHandler(t *testing.T) {
 		g.heeds = true
 		ended := make(chan error, 1)
 		_, ln := startMem(t, WithHandler("number", g), WithHooks(Hooks{Handled: func(_ string, _ time.Duration, err error) { ended <- err }}))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1))
 		g.wait(t, 1)
 		start := time.Now()

@@ -57,8 +57,7 @@ func TestBreaksOff(t *testing.T) {
 // A frame may be cut short after any byte, with a length that says so.
 func TestCutFrames(t *testing.T) {
 	_, ln := startMem(t, withNumbered())
-	healthy := ln.dial(t)
-	healthy.hello()
+	healthy := ln.greet(t)
 	message := string(appendMessage(nil, NewMessage("number", Arg{"a", Uint64(1 << 40)}, Arg{"", String("text")})))
 	for _, whole := range []string{rawFrame(frameHAProxyHello, flagFIN, 0, 0, helloPayload), rawFrame(frameNotify, flagFIN, 1<<40, 1<<50, message), goodbye} {
 		for n := range len(whole) - lengthSize {
@@ -178,15 +177,14 @@ func TestPeerDoesNotRead(t *testing.T) {
 				}
 				start := time.Now()
 				go func() {
-					flood := strings.Repeat(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("flood")))), 100)
+					flood := strings.Repeat(notifyOf(1, 1, NewMessage("flood")), 100)
 					for {
 						if _, err := io.WriteString(nc, flood); err != nil {
 							return
 						}
 					}
 				}()
-				healthy := ln.dial(t)
-				healthy.hello()
+				healthy := ln.greet(t)
 				for range 30 {
 					healthy.wantAnswers()
 					<-time.After(100 * time.Millisecond)
@@ -278,8 +276,7 @@ func TestTimeouts(t *testing.T) {
 func TestFrameTimeoutBeginsAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, ln := startMem(t, withNumbered(), WithHelloTimeout(3*time.Second))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		const half = 13
 		h.send(notifyFrame(0, 0)[:half])
 		for id := range uint64(20) {
@@ -295,8 +292,7 @@ func TestTimeoutsWhileNotReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
 		_, ln := startMem(t, WithHandler("number", g), WithPipelining(2), WithHelloTimeout(time.Second), WithIdleTimeout(2*time.Second))
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1), notifyFrame(1, 1), notifyFrame(1, 1), notifyFrame(2, 2)[:13])
 		g.wait(t, 2)
 		<-time.After(time.Minute)
@@ -330,7 +326,7 @@ func TestReset(t *testing.T) {
 		}))
 	healthy := newHAProxy(t, dial())
 	healthy.helloAs(hello{versions: "2.0", frameSize: 16380}) // no sibling of the others
-	slow := rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("slow"))))
+	slow := notifyOf(1, 1, NewMessage("slow"))
 	for _, tt := range []struct {
 		name string
 		say  func(h *haproxy)
@@ -346,7 +342,7 @@ func TestReset(t *testing.T) {
 		{"20 in flight", func(h *haproxy) { h.hello(); h.send(strings.Repeat(slow, 20)); g.wait(t, 20) }},
 		{"ACKs not read", func(h *haproxy) {
 			rawHello(t, h.nc)
-			long := rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("long"))))
+			long := notifyOf(1, 1, NewMessage("long"))
 			h.send(strings.Repeat(long, 500))
 		}},
 		{"DISCONNECT not awaited", func(h *haproxy) { h.hello(); h.send(goodbye) }},

@@ -1,13 +1,13 @@
 package spoa
 
 import (
-	"bufio"
 	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"path"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -15,10 +15,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/go-kit/log"
 )
 
 // longWait bounds every wait of these tests. It is long, since nothing that
@@ -39,14 +40,22 @@ func running() []string {
 	}
 	var own []string
 	for g := range strings.SplitSeq(string(buf), "\n\n") {
-		if ownCode.MatchString(g) {
-			own = append(own, g)
+		for _, file := range ownFile.FindAllStringSubmatch(g, -1) {
+			if !strings.HasSuffix(file[1], "_test") {
+				own = append(own, g)
+				break
+			}
 		}
 	}
 	return own
 }
 
-var ownCode = regexp.MustCompile(`/(spoa|conn|worker|client|outbox|siblings)\.go:`)
+// ownFile matches the files of this package and of those below internal, in a
+// stack.
+var ownFile = func() *regexp.Regexp {
+	_, file, _, _ := runtime.Caller(0)
+	return regexp.MustCompile(regexp.QuoteMeta(path.Dir(file)) + `/(?:internal/\w+/)?(\w+)\.go:`)
+}()
 
 // descriptors returns the number of open ones, 0 where it can't be told.
 func descriptors() int {
@@ -145,6 +154,39 @@ func (l *memListener) dial(t testing.TB) *haproxy {
 	return newHAProxy(t, l.raw(t))
 }
 
+// greet returns a connection after the HELLOs.
+func (l *memListener) greet(t testing.TB) *haproxy {
+	t.Helper()
+	h := l.dial(t)
+	h.hello()
+	return h
+}
+
+// greetBreaking returns a connection after the HELLOs whose end will show as err.
+func (l *memListener) greetBreaking(t testing.TB, err error) *haproxy {
+	t.Helper()
+	client, server := net.Pipe()
+	l.offer(t, breaking{server, err})
+	t.Cleanup(func() { client.Close() })
+	h := newHAProxy(t, client)
+	h.hello()
+	return h
+}
+
+// breaking is a connection the end of which shows as err.
+type breaking struct {
+	net.Conn
+	err error
+}
+
+func (b breaking) Read(p []byte) (int, error) {
+	n, err := b.Conn.Read(p)
+	if err == io.EOF {
+		err = b.err
+	}
+	return n, err
+}
+
 // halves reads from one pipe and writes to another, so that either can end.
 type halves struct {
 	net.Conn
@@ -175,7 +217,7 @@ func (l *memListener) dialHalves(t testing.TB) (in, out net.Conn) {
 // startAgent serves on ln, until the test ends.
 func startAgent(t testing.TB, ln net.Listener, opts ...Option) *Agent {
 	t.Helper()
-	a := New(opts...)
+	a := New(append([]Option{WithLogger(log.NewNopLogger())}, opts...)...)
 	served := make(chan error, 1)
 	go func() { served <- a.Serve(ln) }()
 	t.Cleanup(func() {
@@ -251,23 +293,36 @@ func newHAProxy(t testing.TB, nc net.Conn) *haproxy {
 // between two frames.
 func eachFrame(r io.Reader, do func(frame)) error {
 	for {
-		var size [lengthSize]byte
-		if _, err := io.ReadFull(r, size[:]); err != nil {
-			if err == io.EOF {
-				err = nil
-			}
-			return err
+		f, err := frameFrom(r)
+		if err == io.EOF {
+			return nil
 		}
-		b := make([]byte, min(binary.BigEndian.Uint32(size[:]), 1<<20))
-		if _, err := io.ReadFull(r, b); err != nil {
+		if err != nil {
 			return err
-		}
-		var f frame
-		if !f.parse(b) {
-			return fmt.Errorf("malformed frame %x", b)
 		}
 		do(f)
 	}
+}
+
+// frameFrom reads one frame, into memory of its own. It returns io.EOF only if
+// there is none.
+func frameFrom(r io.Reader) (f frame, err error) {
+	var size [lengthSize]byte
+	if _, err := io.ReadFull(r, size[:]); err != nil {
+		return f, err
+	}
+	n := binary.BigEndian.Uint32(size[:])
+	if n > 1<<20 {
+		return f, fmt.Errorf("frame of %d bytes", n)
+	}
+	b := make([]byte, n)
+	if _, err := io.ReadFull(r, b); err != nil {
+		return f, fmt.Errorf("within a frame: %w", err)
+	}
+	if !f.parse(b) {
+		return f, fmt.Errorf("malformed frame %x", b)
+	}
+	return f, nil
 }
 
 // send writes frames in one go.
@@ -275,7 +330,7 @@ func (h *haproxy) send(frames ...string) {
 	h.t.Helper()
 	h.nc.SetWriteDeadline(time.Now().Add(longWait))
 	if _, err := io.WriteString(h.nc, strings.Join(frames, "")); err != nil {
-		h.t.Fatalf("send: %v", err)
+		h.t.Errorf("send: %v", err)
 	}
 }
 
@@ -323,6 +378,16 @@ func (h *haproxy) wantAck(stream, id uint64) {
 	}
 }
 
+// wantActions takes the ACK of these ids with these actions, in words.
+func (h *haproxy) wantActions(stream, id uint64, actions string) {
+	h.t.Helper()
+	f := h.want(frameAck)
+	have := inActions(f.payload)
+	if f.stream != stream || f.id != id || f.flags != flagFIN || have != actions {
+		h.t.Errorf("want ACK %d, %d %q, have %d, %d, flags %d %q", stream, id, actions, f.stream, f.id, f.flags, have)
+	}
+}
+
 // wantAcks takes the ACKs of these streams, rising, in whatever order they come:
 // a handler kept from running may be overtaken.
 func (h *haproxy) wantAcks(streams ...uint64) {
@@ -347,6 +412,14 @@ func (h *haproxy) wantEnd(status Status) (message string) {
 	}
 	h.wantEOF()
 	return d.Message
+}
+
+// untilGone takes what is left, and the end, however it comes.
+func (h *haproxy) untilGone() {
+	h.t.Helper()
+	for ok := true; ok; {
+		_, ok = h.next()
+	}
 }
 
 // wantEOF takes the end.
@@ -437,29 +510,52 @@ func numberedActions(id uint64) []byte {
 
 func withNumbered() Option { return WithHandlerFunc("number", numbered) }
 
-// gate is a handler that answers as numbered does, but only when it is opened.
+// gate is a handler that waits until it is opened, for all calls or for those
+// with one first argument. It answers as echo does, or without an argument as
+// numbered does.
 type gate struct {
-	entered chan struct{} // a value for every call
-	open    chan struct{}
-	heeds   bool // the end of its context
+	entered chan string   // the first argument of every call
+	open    chan struct{} // closed: all calls return
+	heeds   bool          // the end of its context
+
+	mu  sync.Mutex
+	let map[string]chan struct{} // closed: the calls with that argument return
 }
 
 func newGate() *gate {
-	return &gate{entered: make(chan struct{}, 10000), open: make(chan struct{})}
+	return &gate{entered: make(chan string, 10000), open: make(chan struct{}), let: make(map[string]chan struct{})}
+}
+
+// of returns what to close for the calls with that argument to return.
+func (g *gate) of(s string) chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.let[s]
+	if c == nil {
+		c = make(chan struct{})
+		g.let[s] = c
+	}
+	return c
 }
 
 func (g *gate) ServeSPOE(ctx context.Context, m *Message, a *Actions) error {
-	g.entered <- struct{}{}
+	var s string
+	answer := numbered
+	if m.Len() > 0 {
+		s, answer = m.Arg(0).Value.String(), echo
+	}
+	g.entered <- s
 	var done <-chan struct{}
 	if g.heeds {
 		done = ctx.Done()
 	}
 	select {
 	case <-g.open:
-		return numbered(ctx, m, a)
+	case <-g.of(s):
 	case <-done:
 		return ctx.Err()
 	}
+	return answer(ctx, m, a)
 }
 
 func (g *gate) wait(t testing.TB, calls int) {
@@ -531,133 +627,6 @@ func (h *haproxy) wantNothing() {
 	}
 }
 
-// bed is an agent that serves one listener until the test is over.
-type bed struct {
-	*Agent
-	t    testing.TB
-	dial func() net.Conn
-}
-
-func newBed(t testing.TB, l net.Listener, opts ...Option) *bed {
-	t.Helper()
-	b := &bed{Agent: New(opts...), t: t}
-	b.dial = func() net.Conn {
-		if mem, ok := l.(*memListener); ok {
-			client, server := net.Pipe()
-			mem.offer(t, resets{server})
-			t.Cleanup(func() { client.Close() })
-			return client
-		}
-		nc, err := net.Dial(l.Addr().Network(), l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { nc.Close() })
-		return nc
-	}
-	served := make(chan error, 1)
-	go func() { served <- b.Serve(l) }()
-	t.Cleanup(func() {
-		b.Close()
-		if want, have := ErrAgentClosed, <-served; want != have {
-			t.Errorf("Serve: want %v, have %v", want, have)
-		}
-	})
-	return b
-}
-
-// resets is a net.Conn whose peer resets it when it closes its end.
-type resets struct{ net.Conn }
-
-func (c resets) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if err == io.EOF {
-		err = syscall.ECONNRESET
-	}
-	return n, err
-}
-
-// bubble runs f with an agent and its peers in a synctest bubble.
-func bubble(t *testing.T, opts []Option, f func(t *testing.T, b *bed)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) { f(t, newBed(t, newMemListener(), opts...)) })
-}
-
-// answer is an ACK as the peer sees it.
-type answer struct {
-	stream, id uint64
-	actions    string // in words, joined by commas
-	at         time.Time
-}
-
-func (a answer) String() string { return fmt.Sprintf("%d:%d %s", a.stream, a.id, a.actions) }
-
-// peer is HAProxy's side of a connection, frame by frame, so that the test says
-// what comes together.
-type peer struct {
-	t       testing.TB
-	nc      net.Conn
-	r       *bufio.Reader
-	answers chan answer // closed when the connection has ended
-	late    bool        // "timeout" and "overload" are expected
-}
-
-// peer connects, exchanges the HELLOs, and reads the ACKs from then on.
-func (b *bed) peer() *peer {
-	b.t.Helper()
-	p := b.quietPeer()
-	p.answers = make(chan answer, 100)
-	go p.read()
-	return p
-}
-
-// quietPeer is a peer that reads nothing but the HELLO.
-func (b *bed) quietPeer() *peer {
-	b.t.Helper()
-	nc := b.dial()
-	p := &peer{t: b.t, nc: nc, r: bufio.NewReader(nc)}
-	p.send(appendHello(nil, frameHAProxyHello,
-		&hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining,async", engineID: "engine"}))
-	if f, err := frameFrom(p.r); err != nil || f.kind != frameAgentHello {
-		b.t.Fatalf("want AGENT-HELLO, have a frame of type %d, error %v", f.kind, err)
-	}
-	return p
-}
-
-func frameFrom(r io.Reader) (f frame, err error) {
-	var size [lengthSize]byte
-	if _, err = io.ReadFull(r, size[:]); err != nil {
-		return f, err
-	}
-	n := binary.BigEndian.Uint32(size[:])
-	if n > defaultFrameSize {
-		return f, fmt.Errorf("frame of %d bytes", n)
-	}
-	b := make([]byte, n)
-	if _, err = io.ReadFull(r, b); err != nil {
-		return f, err
-	}
-	if !f.parse(b) {
-		return f, fmt.Errorf("malformed frame %x", b)
-	}
-	return f, nil
-}
-
-func (p *peer) read() {
-	defer close(p.answers)
-	for {
-		f, err := frameFrom(p.r)
-		if err != nil || f.kind == frameAgentDisconnect {
-			return
-		}
-		if f.kind != frameAck || !f.fin() || f.abort() {
-			p.t.Errorf("want an ACK, have a frame of type %d with flags %x", f.kind, f.flags)
-			return
-		}
-		p.answers <- answer{f.stream, f.id, inActions(f.payload), time.Now()}
-	}
-}
-
 // inActions returns the payload of an ACK in words.
 func inActions(payload []byte) string {
 	var words []string
@@ -672,51 +641,17 @@ func inActions(payload []byte) string {
 	return strings.Join(words, ",")
 }
 
-// send writes the frames at once: they come together.
-func (p *peer) send(frames ...[]byte) {
-	p.t.Helper()
-	var all []byte
-	for _, f := range frames {
-		all = append(all, f...)
-	}
-	if _, err := p.nc.Write(all); err != nil {
-		p.t.Errorf("send: %v", err)
-	}
-}
-
-// want waits for the next ACK.
-func (p *peer) want(stream, id uint64, actions string) answer {
-	p.t.Helper()
-	select {
-	case have, ok := <-p.answers:
-		if want := (answer{stream: stream, id: id, actions: actions}); !ok || want.String() != have.String() {
-			p.t.Errorf("want ACK %v, have %v (connection lives: %v)", want, have, ok)
-		}
-		return have
-	case <-time.After(longWait):
-		p.t.Fatalf("want ACK %d:%d, have none", stream, id)
-	}
-	panic("unreachable")
-}
-
-// wantNone checks, in a bubble, that no ACK leaves though there is time for it.
-func (p *peer) wantNone() {
-	p.t.Helper()
-	synctest.Wait()
-	select {
-	case have, ok := <-p.answers:
-		p.t.Errorf("want no ACK, have %v (connection lives: %v)", have, ok)
-	default:
-	}
-}
-
-func notifyOf(stream, id uint64, msgs ...*Message) []byte {
-	b := beginFrame(nil, frameNotify, flagFIN, stream, id)
+// notifyOf returns a NOTIFY of these messages.
+func notifyOf(stream, id uint64, msgs ...*Message) string {
+	var payload []byte
 	for _, m := range msgs {
-		b = appendMessage(b, m)
+		payload = appendMessage(payload, m)
 	}
-	return finishFrame(b, 0)
+	return rawFrame(frameNotify, flagFIN, stream, id, string(payload))
 }
+
+// waiting is the message that a gate is for, by the name "wait".
+func waiting(s string) *Message { return NewMessage("wait", Arg{"s", String(s)}) }
 
 // echoed is the message that echo answers.
 func echoed(s string) *Message { return NewMessage("echo", Arg{"s", String(s)}) }
@@ -729,48 +664,18 @@ func echo(_ context.Context, m *Message, a *Actions) error {
 
 func sets(name, s string) string { return "set-var txn." + name + " string " + s }
 
-// gates are handlers that wait until the test lets them go.
-type gates struct {
-	mu   *sync.Mutex
-	open map[string]chan struct{}
-	in   chan string // the arguments of those that have begun
-}
-
-// newGates is called in the bubble of those who use them.
-func newGates() *gates {
-	return &gates{mu: new(sync.Mutex), open: make(map[string]chan struct{}), in: make(chan string, 1000)}
-}
-
-func (g *gates) gate(s string) chan struct{} {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	c := g.open[s]
-	if c == nil {
-		c = make(chan struct{})
-		g.open[s] = c
+// only returns the connection of the agent's only peer.
+func only(t testing.TB, a *Agent) *conn {
+	t.Helper()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.conns) != 1 {
+		t.Fatalf("want one connection, have %d", len(a.conns))
 	}
-	return c
-}
-
-// wait is a handler that waits for its argument's gate, then echoes.
-func (g *gates) wait(ctx context.Context, m *Message, a *Actions) error {
-	s := m.Arg(0).Value.String()
-	g.in <- s
-	<-g.gate(s)
-	return echo(ctx, m, a)
-}
-
-func waiting(s string) *Message { return NewMessage("wait", Arg{"s", String(s)}) }
-
-// sole returns the connection of the agent's only peer, while the reader waits.
-func (b *bed) sole() *conn {
-	synctest.Wait()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for c := range b.conns {
+	for c := range a.conns {
 		return c
 	}
-	panic("no connection")
+	panic("unreachable")
 }
 
 // framesTo is an io.Writer as an outbox writes to it.

@@ -33,15 +33,16 @@ func TestBusy(t *testing.T) {
 		{busyQueues - 1, busyCalls, false},
 		{busyQueues, 1, false},
 	} {
-		bubble(t, []Option{WithHandlerFunc("echo", echo)}, func(t *testing.T, b *bed) {
-			peers := make([]*peer, test.peers)
+		synctest.Test(t, func(t *testing.T) {
+			a, ln := startMem(t, WithHandlerFunc("echo", echo))
+			peers := make([]*haproxy, test.peers)
 			for i := range peers {
-				peers[i] = b.peer()
+				peers[i] = ln.greet(t)
 			}
-			ask := func(p *peer, count int) {
+			ask := func(h *haproxy, count int) {
 				for i := range uint64(count) {
-					p.send(notifyOf(i, 1, echoed("a")))
-					p.want(i, 1, sets("echo", "a"))
+					h.send(notifyOf(i, 1, echoed("a")))
+					h.wantActions(i, 1, sets("echo", "a"))
 				}
 			}
 			for range 2 { // again after a rest
@@ -49,12 +50,12 @@ func TestBusy(t *testing.T) {
 					ask(p, test.each)
 				}
 				time.Sleep(2 * tick)
-				if have := b.workers.busy.Load(); have != test.busy {
+				if have := a.workers.busy.Load(); have != test.busy {
 					t.Errorf("%d peers, %d calls each: want busy %v, have %v", test.peers, test.each, test.busy, have)
 				}
 				ask(peers[0], 1)
 				time.Sleep(2 * tick)
-				if b.workers.busy.Load() {
+				if a.workers.busy.Load() {
 					t.Error("want one call not to be busy")
 				}
 			}
@@ -65,22 +66,21 @@ func TestBusy(t *testing.T) {
 // The call that is tried inline after a run of spread ones is judged by its own
 // time, not by the time that the reader waited for the others.
 func TestPaceAfterSpread(t *testing.T) {
-	g := new(gates)
-	opts := []Option{WithPipelining(1), WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo)}
-	bubble(t, opts, func(t *testing.T, b *bed) {
-		*g = *newGates()
-		p := b.peer()
-		c := b.sole()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		a, ln := startMem(t, WithPipelining(1), WithHandler("wait", g), WithHandlerFunc("echo", echo))
+		h := ln.greet(t)
+		c := only(t, a)
 		c.pace.spread, c.pace.slow = 2, true
-		p.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
+		h.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
 		for _, s := range []string{"a", "b"} {
-			<-g.in
+			<-g.entered
 			time.Sleep(time.Second)
-			close(g.gate(s))
+			close(g.of(s))
 		}
-		p.want(1, 1, sets("wait", "a"))
-		p.want(1, 2, sets("wait", "b"))
-		p.want(1, 3, sets("echo", "c"))
+		h.wantActions(1, 1, sets("wait", "a"))
+		h.wantActions(1, 2, sets("wait", "b"))
+		h.wantActions(1, 3, sets("echo", "c"))
 		synctest.Wait()
 		if c.pace.spread != 0 || c.pace.slow {
 			t.Errorf("want the next calls inline, have %+v", c.pace)
@@ -111,18 +111,19 @@ func TestWorkersFair(t *testing.T) {
 		4 * stallAfter, // all but the first spread
 	} {
 		o := &order{took: took}
-		bubble(t, []Option{WithWorkers(1), WithHandler("order", o)}, func(t *testing.T, b *bed) {
-			flood, other := b.peer(), b.peer()
+		synctest.Test(t, func(t *testing.T) {
+			_, ln := startMem(t, WithWorkers(1), WithHandler("order", o))
+			flood, other := ln.greet(t), ln.greet(t)
 			ordered := func(s string) *Message { return NewMessage("order", Arg{"", String(s)}) }
-			var frames [][]byte
+			var frames []string
 			for id := range uint64(20) {
 				frames = append(frames, notifyOf(1, id, ordered("flood")))
 			}
 			flood.send(frames...)
 			synctest.Wait() // the first has begun
 			other.send(notifyOf(1, 1, ordered("other")), notifyOf(1, 2, ordered("other")))
-			other.want(1, 1, "")
-			other.want(1, 2, "")
+			other.wantActions(1, 1, "")
+			other.wantActions(1, 2, "")
 			o.mu.Lock()
 			first := slices.Index(o.list, "other")
 			second := first + 1 + slices.Index(o.list[first+1:], "other")
@@ -131,7 +132,7 @@ func TestWorkersFair(t *testing.T) {
 			}
 			o.mu.Unlock()
 			for range frames {
-				<-flood.answers
+				flood.want(frameAck)
 			}
 		})
 	}
@@ -139,22 +140,22 @@ func TestWorkersFair(t *testing.T) {
 
 // What a closed connection has left in its buffer is not begun any more.
 func TestWorkersClosed(t *testing.T) {
-	g := new(gates)
-	bubble(t, []Option{WithPipelining(2), WithHandlerFunc("wait", g.wait)}, func(t *testing.T, b *bed) {
-		*g = *newGates()
-		p := b.peer()
-		b.sole().pace.spread = 100
-		var frames [][]byte
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		a, ln := startMem(t, WithPipelining(2), WithHandler("wait", g))
+		h := ln.greet(t)
+		only(t, a).pace.spread = 100
+		var frames []string
 		for id := range uint64(50) {
 			frames = append(frames, notifyOf(1, id, waiting("x")))
 		}
-		p.send(frames...)
+		h.send(frames...)
 		synctest.Wait()
-		b.Close()
+		a.Close()
 		synctest.Wait()
-		close(g.gate("x"))
+		close(g.of("x"))
 		synctest.Wait()
-		if want, have := 2, len(g.in); want != have {
+		if want, have := 2, len(g.entered); want != have {
 			t.Errorf("want %d calls, have %d", want, have)
 		}
 	})
@@ -163,22 +164,21 @@ func TestWorkersClosed(t *testing.T) {
 // A handler that stalls keeps neither those before it nor those after it on its
 // connection waiting, and what it looks at stays as it is.
 func TestHandOver(t *testing.T) {
-	g := new(gates)
-	opts := []Option{WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo),
-		WithHandlerFunc("view", func(ctx context.Context, m *Message, a *Actions) error {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		view := func(ctx context.Context, m *Message, a *Actions) error {
 			v, same := m.Arg(0).Value, m.Arg(0).Value.String()
-			g.in <- same[:1]
-			<-g.gate(same[:1])
+			g.entered <- same[:1]
+			<-g.of(same[:1])
 			if have := v.String(); have != same || m.Arg(0).Value.String() != same || m.Name() != "view" {
 				t.Errorf("view: want %.20q..., have %.20q...", same, have)
 			}
 			return echo(ctx, m, a)
-		})}
-	viewed := func(s string) *Message { return NewMessage("view", Arg{"s", String(s)}) }
-	bubble(t, opts, func(t *testing.T, b *bed) {
-		*g = *newGates()
-		p := b.peer()
-		c := b.sole()
+		}
+		viewed := func(s string) *Message { return NewMessage("view", Arg{"s", String(s)}) }
+		a, ln := startMem(t, WithHandler("wait", g), WithHandlerFunc("echo", echo), WithHandlerFunc("view", view))
+		h := ln.greet(t)
+		c := only(t, a)
 		c.pace.calls = stallRun // so that one stall has nothing spread
 		rest := notifyOf(1, 5, echoed("after"))
 		long := strings.Repeat("long", 2000)
@@ -186,42 +186,44 @@ func TestHandOver(t *testing.T) {
 		sent := make(chan struct{})
 		go func() { // more than is read at once
 			defer close(sent)
-			p.send(notifyOf(1, 1, echoed("before")), notifyOf(1, 2, waiting("x")), notifyOf(1, 3, viewed("y")),
+			h.send(notifyOf(1, 1, echoed("before")), notifyOf(1, 2, waiting("x")), notifyOf(1, 3, viewed("y")),
 				notifyOf(1, 4, viewed(long)), rest[:9])
 		}()
 		// One look of the watch sees the call, the next finds it there still.
 		for i, want := range []string{"x", "y", "l"} {
-			if have := <-g.in; want != have {
+			if have := <-g.entered; want != have {
 				t.Errorf("want the handler of %s, have that of %s", want, have)
 			}
 			if want, have := time.Duration(2*i)*tick, time.Since(began); have > want {
 				t.Errorf("want call %d after %v, have it after %v", i, want, have)
 			}
-		}
-		if a := p.want(1, 1, sets("echo", "before")); a.at.Sub(began) > 2*tick {
-			t.Errorf("want the answer before the stalled one within %v, have it after %v", 2*tick, a.at.Sub(began))
-		}
-		<-sent
-		p.send(rest[9:])
-		p.want(1, 5, sets("echo", "after"))
-		// More comes, larger than all before, and is answered.
-		for id := uint64(6); id < 40; id++ {
-			p.send(notifyOf(1, id, echoed(strings.Repeat("z", 100*int(id)))))
-			p.want(1, id, sets("echo", strings.Repeat("z", 100*int(id))))
-		}
-		for _, s := range []string{"l", "y", "x"} {
-			close(g.gate(s))
-		}
-		got := make(map[string]bool)
-		for range 3 {
-			got[(<-p.answers).String()] = true
-		}
-		for _, want := range []answer{{1, 2, sets("wait", "x"), began}, {1, 3, sets("view", "y"), began}, {1, 4, sets("view", long), began}} {
-			if !got[want.String()] {
-				t.Errorf("want ACK %.60v", want)
+			if i == 1 {
+				h.wantActions(1, 1, sets("echo", "before"))
+				wantTook(t, "the answer before the stalled one", began, 0, 2*tick)
 			}
 		}
-		p.wantNone()
+		<-sent
+		h.send(rest[9:])
+		h.wantActions(1, 5, sets("echo", "after"))
+		// More comes, larger than all before, and is answered.
+		for id := uint64(6); id < 40; id++ {
+			h.send(notifyOf(1, id, echoed(strings.Repeat("z", 100*int(id)))))
+			h.wantActions(1, id, sets("echo", strings.Repeat("z", 100*int(id))))
+		}
+		for _, s := range []string{"l", "y", "x"} {
+			close(g.of(s))
+		}
+		got := make(map[uint64]string)
+		for range 3 {
+			f := h.want(frameAck)
+			got[f.id] = inActions(f.payload)
+		}
+		for id, want := range map[uint64]string{2: sets("wait", "x"), 3: sets("view", "y"), 4: sets("view", long)} {
+			if got[id] != want {
+				t.Errorf("want %.60s, have %.60s", want, got[id])
+			}
+		}
+		h.wantNothing()
 	})
 }
 
@@ -234,25 +236,24 @@ func TestIdleShrinks(t *testing.T) {
 		return nil
 	}
 	opts := []Option{WithHandlerFunc("large", large), WithFragmentation(60000)}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
-		c := b.sole()
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
+		c := only(t, a)
 		args := []Arg{{"s", String(strings.Repeat("x", 3000))}}
 		for i := range 200 {
 			args = append(args, Arg{"n" + strconv.Itoa(i), Int64(1)})
 		}
-		body := appendMessage(nil, NewMessage("large", append(args, args[0])...))
+		body := string(appendMessage(nil, NewMessage("large", append(args, args[0])...)))
 		go func() {
 			for id := range uint64(20) {
-				p.send(notifyOf(1, id, NewMessage("place"), NewMessage("large", args...)))
-				p.send(finishFrame(append(beginFrame(nil, frameNotify, 0, 2, id), body[:3000]...), 0))
-				p.send(finishFrame(append(beginFrame(nil, frameUnset, flagFIN, 2, id), body[3000:]...), 0))
+				h.send(notifyOf(1, id, NewMessage("place"), NewMessage("large", args...)))
+				h.send(fragments(2, id, body, 3000)...)
 			}
 		}()
 		for range 40 {
-			<-p.answers
+			h.want(frameAck)
 		}
 		half := notifyOf(3, 3, echoed("x"))
-		p.send(half[:5]) // also if it waits for the rest of a frame
+		h.send(half[:5]) // also if it waits for the rest of a frame
 		time.Sleep(3 * shrinkIn)
 		synctest.Wait()
 		rd := c.rd
@@ -266,8 +267,8 @@ func TestIdleShrinks(t *testing.T) {
 				t.Errorf("want nothing kept of what was grown, have %d of %s", have, name)
 			}
 		}
-		p.send(half[5:])
-		p.want(3, 3, "")
+		h.send(half[5:])
+		h.wantActions(3, 3, "")
 	})
 }
 
@@ -290,11 +291,6 @@ func TestWorkersFlood(t *testing.T) {
 			perConn = tt.count / conns / 20
 		}
 		t.Run(tt.name, func(t *testing.T) {
-			checkLeaks(t)
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
 			var atOnce, most atomic.Int64
 			flood := func(ctx context.Context, m *Message, a *Actions) error {
 				defer atOnce.Add(-1)
@@ -312,19 +308,18 @@ func TestWorkersFlood(t *testing.T) {
 				a.SetVar(ScopeTxn, "whole", v)
 				return err
 			}
-			b := newBed(t, l, append(tt.opts, WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
+			a, dial := startTCP(t, append(tt.opts, faultText(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
 			var clients sync.WaitGroup
 			for range conns {
-				p := b.quietPeer()
-				p.late = b.handlerTimeout > 0
-				clients.Go(func() { p.flood(perConn) })
+				nc := dial()
+				rawHello(t, nc)
+				clients.Go(func() { floodConn(t, nc, perConn, a.handlerTimeout > 0) })
 			}
 			clients.Wait()
-			eventually(t, "leave to be given back", func() bool { return b.workers.permits.Load() == int64(b.options.workers) })
-			if most, n := most.Load(), int64(b.options.workers); most > n {
+			eventually(t, "permits to be given back", func() bool { return a.workers.permits.Load() == int64(a.options.workers) })
+			if most, n := most.Load(), int64(a.options.workers); most > n {
 				t.Errorf("want at most %d handlers at once, have had %d", n, most)
 			}
-			b.Close()
 		})
 	}
 }
@@ -367,15 +362,16 @@ func floodFault(id uint64) string {
 	return ""
 }
 
-// flood sends that many NOTIFYs, up to 40 in flight, and checks the answers.
-func (p *peer) flood(count int) {
+// floodConn sends that many NOTIFYs, up to 40 in flight, and checks the answers.
+// Late reports whether "timeout" and "overload" are expected.
+func floodConn(t *testing.T, nc net.Conn, count int, late bool) {
 	const inFlight = 40
 	var mu sync.Mutex
 	sent := make(map[uint64]string)
 	tokens := make(chan struct{}, inFlight)
 	var sender sync.WaitGroup
 	defer sender.Wait()
-	defer p.nc.Close()
+	defer nc.Close()
 	sender.Go(func() {
 		var batch []byte
 		for id := range uint64(count) {
@@ -386,8 +382,8 @@ func (p *peer) flood(count int) {
 			select {
 			case tokens <- struct{}{}:
 			case <-time.After(longWait):
-				p.t.Errorf("want %d answers, have no more for %v", count, longWait)
-				p.nc.Close()
+				t.Errorf("want %d answers, have no more for %v", count, longWait)
+				nc.Close()
 				return
 			}
 			mu.Lock()
@@ -397,17 +393,18 @@ func (p *peer) flood(count int) {
 			if len(tokens) < inFlight && rand.IntN(4) > 0 && id != uint64(count)-1 {
 				continue
 			}
-			if _, err := p.nc.Write(batch); err != nil {
-				p.t.Errorf("after %d: %v", id, err)
+			if _, err := nc.Write(batch); err != nil {
+				t.Errorf("after %d: %v", id, err)
 				return
 			}
 			batch = batch[:0]
 		}
 	})
+	r := bufio.NewReader(nc)
 	for n := range count {
-		f, err := frameFrom(p.r)
+		f, err := frameFrom(r)
 		if err != nil || f.kind != frameAck {
-			p.t.Errorf("answer %d of %d: want an ACK, have a frame of type %d, error %v", n, count, f.kind, err)
+			t.Errorf("answer %d of %d: want an ACK, have a frame of type %d, error %v", n, count, f.kind, err)
 			return
 		}
 		mu.Lock()
@@ -415,7 +412,7 @@ func (p *peer) flood(count int) {
 		delete(sent, f.id)
 		mu.Unlock()
 		if !ok || f.stream != f.id%7 {
-			p.t.Errorf("want an answer to what was asked and not answered yet, have %d:%d", f.stream, f.id)
+			t.Errorf("want an answer to what was asked and not answered yet, have %d:%d", f.stream, f.id)
 			return
 		}
 		want := sets("half", s) + "," + sets("whole", s)
@@ -425,11 +422,11 @@ func (p *peer) flood(count int) {
 		switch have := inActions(f.payload); have {
 		case want:
 		case sets("fault", "timeout"), sets("fault", "overload"):
-			if !p.late {
-				p.t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
+			if !late {
+				t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
 			}
 		default:
-			p.t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
+			t.Errorf("%d:%d: want %s, have %s", f.stream, f.id, want, have)
 			return
 		}
 		<-tokens
@@ -491,33 +488,30 @@ func TestWorkersAllocs(t *testing.T) {
 		for _, msg := range []*Message{ipMessage, eightStrings} {
 			for place, left := range map[string]int{"inline": 0, "spread": math.MaxInt} {
 				t.Run(tt.name+"/"+msg.Name()+"/"+place, func(t *testing.T) {
-					l, err := net.Listen("tcp", "127.0.0.1:0")
-					if err != nil {
-						t.Fatal(err)
-					}
 					var c *conn
-					b := newBed(t, l, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
+					a, dial := startTCP(t, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
 						WithHandlerFunc("place", func(context.Context, *Message, *Actions) error {
 							c.pace.spread = left // by the reader, whose it is
 							return nil
 						}))...)
-					p := b.quietPeer()
-					for c = range b.Agent.conns {
-					}
+					nc := dial()
+					rawHello(t, nc)
+					c = only(t, a)
 					var ack []byte
-					ask := func(frame []byte) func() {
-						p.send(frame)
-						f, err := frameFrom(p.r)
+					ask := func(notify string) func() {
+						frame := []byte(notify)
+						nc.Write(frame)
+						f, err := frameFrom(nc)
 						if err != nil {
 							t.Fatal(err)
 						}
 						ack = appendAck(nil, flagFIN, ids(f.stream, f.id), f.payload)
 						buf := make([]byte, len(ack))
 						return func() {
-							if _, err := p.nc.Write(frame); err != nil {
+							if _, err := nc.Write(frame); err != nil {
 								t.Fatal(err)
 							}
-							if _, err := io.ReadFull(p.nc, buf); err != nil || !bytes.Equal(ack, buf) {
+							if _, err := io.ReadFull(nc, buf); err != nil || !bytes.Equal(ack, buf) {
 								t.Fatalf("want %x, have %x, error %v", ack, buf, err)
 							}
 						}
@@ -552,10 +546,9 @@ func TestIdleMemory(t *testing.T) {
 		return m.HeapAlloc
 	}
 	synctest.Test(t, func(t *testing.T) {
-		l := newMemListener()
-		newBed(t, l, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths))
+		_, ln := startMem(t, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths))
 		greeting := appendHello(nil, frameHAProxyHello, &hello{versions: "2.0", frameSize: 16380, capabilities: "pipelining"})
-		burst := notifyOf(1, 1, ipMessage)
+		burst := []byte(notifyOf(1, 1, ipMessage))
 		for id := range uint64(100) {
 			burst = append(burst, notifyOf(1, id, eightStrings)...)
 		}
@@ -566,7 +559,7 @@ func TestIdleMemory(t *testing.T) {
 		}
 		before := heap()
 		for _, e := range ends {
-			l.offer(t, e[1])
+			ln.offer(t, e[1])
 			read := func(frames int) {
 				r := bufio.NewReader(e[0])
 				for range frames {
@@ -605,21 +598,22 @@ func TestWorkersBound(t *testing.T) {
 			<-*gate
 			return nil
 		})}
-		bubble(t, opts, func(t *testing.T, b *bed) {
+		synctest.Test(t, func(t *testing.T) {
+			a, ln := startMem(t, opts...)
 			*gate = make(chan struct{})
-			var peers []*peer
+			var hs []*haproxy
 			for range 4 {
-				peers = append(peers, b.peer())
+				hs = append(hs, ln.greet(t))
 			}
 			const each = 10
-			for _, p := range peers {
-				var frames [][]byte
+			for _, h := range hs {
+				var frames []string
 				for id := range uint64(each) {
 					frames = append(frames, notifyOf(1, id, NewMessage("hold")))
 				}
-				p.send(frames...)
+				h.send(frames...)
 			}
-			for left := each * len(peers); left > 0; left-- {
+			for left := each * len(hs); left > 0; left-- {
 				time.Sleep(3 * stallAfter)
 				synctest.Wait()
 				if want, have := int64(min(n, left)), now.Load(); want != have {
@@ -627,17 +621,17 @@ func TestWorkersBound(t *testing.T) {
 				}
 				*gate <- struct{}{}
 			}
-			for _, p := range peers {
+			for _, h := range hs {
 				for range each {
-					<-p.answers
+					h.want(frameAck)
 				}
 			}
 			synctest.Wait()
 			if want, have := int64(n), most.Load(); want != have {
 				t.Errorf("want %d handlers at once, have had %d", want, have)
 			}
-			if want, have := int64(n), b.workers.permits.Load(); want != have {
-				t.Errorf("want leave for %d, have %d", want, have)
+			if want, have := int64(n), a.workers.permits.Load(); want != have {
+				t.Errorf("want permits for %d, have %d", want, have)
 			}
 		})
 	}
@@ -714,7 +708,7 @@ func TestOverload(t *testing.T) {
 	capacity := workers * int(lasts/took)
 	every := lasts / time.Duration(5*capacity) // NOTIFYs come
 	var verdicts, overloads, late atomic.Int64
-	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"),
+	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"),
 		WithHandlerFunc("sleep", func(_ context.Context, _ *Message, a *Actions) error {
 			time.Sleep(took)
 			a.SetVar(ScopeTxn, "verdict", Bool(true))
@@ -725,34 +719,35 @@ func TestOverload(t *testing.T) {
 				overloads.Add(1)
 			}
 		}})}
-	bubble(t, opts, func(t *testing.T, b *bed) {
-		var peers []*peer
+	synctest.Test(t, func(t *testing.T) {
+		_, ln := startMem(t, opts...)
+		var hs []*haproxy
 		for range conns {
-			peers = append(peers, b.peer())
+			hs = append(hs, ln.greet(t))
 		}
 		began := time.Now()
 		due := func(i int) time.Time { return began.Add(time.Duration(i) * every) }
 		var both sync.WaitGroup
-		for n, p := range peers {
+		for n, h := range hs {
 			both.Go(func() {
 				for i := n; i < 5*capacity; i += conns {
 					time.Sleep(time.Until(due(i)))
-					p.send(notifyOf(1, uint64(i), NewMessage("sleep")))
+					h.send(notifyOf(1, uint64(i), NewMessage("sleep")))
 				}
 			})
 			both.Go(func() {
 				for i := n; i < 5*capacity; i += conns {
-					a := <-p.answers
-					waited := a.at.Sub(due(int(a.id)))
+					f := h.want(frameAck)
+					waited, actions := time.Since(due(int(f.id))), inActions(f.payload)
 					switch {
-					case a.actions == sets("fault", "timeout"):
+					case actions == sets("fault", "timeout"):
 						late.Add(1)
-					case a.actions == "set-var txn.verdict bool true" && waited > limit: // before the watch came
+					case actions == "set-var txn.verdict bool true" && waited > limit: // before the watch came
 						late.Add(1)
-					case a.actions == "set-var txn.verdict bool true":
+					case actions == "set-var txn.verdict bool true":
 						verdicts.Add(1)
-					case a.actions != sets("fault", "overload"):
-						t.Errorf("have %v after %v", a, waited)
+					case actions != sets("fault", "overload"):
+						t.Errorf("have %s after %v", actions, waited)
 					}
 					if waited > limit+2*tick {
 						t.Errorf("want an answer within %v, have it after %v", limit, waited)

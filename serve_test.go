@@ -30,8 +30,7 @@ func TestServeListeners(t *testing.T) {
 		ln := newMemListener()
 		lns = append(lns, ln)
 		go func() { served <- a.Serve(ln) }()
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.wantAnswers()
 	}
 	if want, have := 3, len(a.Conns()); want != have {
@@ -108,8 +107,7 @@ func TestAcceptTemporary(t *testing.T) {
 func TestAcceptTemporaryInDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
-		h := ln.dial(t)
-		h.hello()
+		ln.greet(t)
 		l := &failingListener{newMemListener(), temporary{}, make(chan time.Time, 10000)}
 		served := make(chan error)
 		go func() { served <- a.Serve(l) }()
@@ -184,9 +182,7 @@ func TestCloseConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	for ok := true; ok; {
-		_, ok = h.next() // at most the answer of a handler that was cancelled
-	}
+	h.untilGone() // there may be the answer of a handler that was cancelled
 }
 
 func TestActor(t *testing.T) {
@@ -196,8 +192,7 @@ func TestActor(t *testing.T) {
 		execute, interrupt := a.Actor(ln, time.Minute)
 		done := make(chan error)
 		go func() { done <- execute() }()
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		start := time.Now()
 		interrupt(errors.New("another actor has ended"))
 		wantTook(t, "interrupt", start, 0, 0)
@@ -233,8 +228,7 @@ func TestActorGraceOver(t *testing.T) {
 		execute, interrupt := New(WithHandler("number", g)).Actor(ln, 5*time.Second)
 		done := make(chan error)
 		go func() { done <- execute() }()
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.send(notifyFrame(1, 1))
 		g.wait(t, 1)
 		start := time.Now()
@@ -256,8 +250,7 @@ func TestActorInGroup(t *testing.T) {
 		g.Add(func() error { <-end; return want }, func(error) {})
 		done := make(chan error)
 		go func() { done <- g.Run() }()
-		h := ln.dial(t)
-		h.hello()
+		h := ln.greet(t)
 		h.wantAnswers()
 		close(end)
 		if have := receive(t, "Run to return", done); want != have {
@@ -314,8 +307,7 @@ func TestSilenceWarned(t *testing.T) {
 				log := new(logLines)
 				_, ln := startMem(t, withNumbered(), WithLogger(log))
 				if asked {
-					h := ln.dial(t)
-					h.hello()
+					h := ln.greet(t)
 					h.send(notifyFrame(1, 1))
 					h.wantAck(1, 1)
 				}

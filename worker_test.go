@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,15 +22,16 @@ import (
 // A connection is read on after the time for its HELLO, and for a frame that
 // came in two pieces, is over.
 func TestWorkerAfterHelloTimeout(t *testing.T) {
-	bubble(t, []Option{WithHandlerFunc("echo", echo)}, func(t *testing.T, b *bed) {
-		p := b.peer()
+	synctest.Test(t, func(t *testing.T) {
+		_, ln := startMem(t, WithHandlerFunc("echo", echo))
+		h := ln.greet(t)
 		frame := notifyOf(1, 1, echoed("a"))
-		p.send(frame[:10])
-		p.send(frame[10:])
-		p.want(1, 1, sets("echo", "a"))
+		h.send(frame[:10])
+		h.send(frame[10:])
+		h.wantActions(1, 1, sets("echo", "a"))
 		time.Sleep(time.Minute)
-		p.send(notifyOf(2, 1, echoed("b")))
-		p.want(2, 1, sets("echo", "b"))
+		h.send(notifyOf(2, 1, echoed("b")))
+		h.wantActions(2, 1, sets("echo", "b"))
 	})
 }
 
@@ -39,42 +41,48 @@ func TestWorkerAfterHelloTimeout(t *testing.T) {
 var places = []struct {
 	name  string
 	stall bool // have it wait for longer than stallAfter
-	bring func(p *peer, g *gates)
+	bring func(h *haproxy, g *gate)
 }{
-	{"inline", false, func(*peer, *gates) {}},
-	{"handed over", true, func(*peer, *gates) {}},
-	{"spread", false, func(p *peer, g *gates) {
-		p.send(notifyOf(0, 1, waiting("stall")))
-		<-g.in
+	{"inline", false, func(*haproxy, *gate) {}},
+	{"handed over", true, func(*haproxy, *gate) {}},
+	{"spread", false, func(h *haproxy, g *gate) {
+		h.send(notifyOf(0, 1, waiting("stall")))
+		<-g.entered
 		time.Sleep(3 * stallAfter)
-		close(g.gate("stall"))
-		p.want(0, 1, sets("wait", "stall"))
+		close(g.of("stall"))
+		h.wantActions(0, 1, sets("wait", "stall"))
 	}},
 }
 
 // everyplace runs f in a bubble for each place, with a connection that has been
-// brought there, and the gates of its messages "wait".
-func everyplace(t *testing.T, opts []Option, f func(t *testing.T, b *bed, p *peer, g *gates)) {
+// brought there, and the gate of its messages "wait". The connection's end is
+// seen as a reset.
+func everyplace(t *testing.T, opts []Option, f func(t *testing.T, a *Agent, h *haproxy, g *gate)) {
 	for _, place := range places {
 		t.Run(place.name, func(t *testing.T) {
-			g := new(gates)
 			stall := func(ctx context.Context, m *Message, a *Actions) error {
 				if place.stall {
 					time.Sleep(3 * stallAfter)
 				}
 				return nil
 			}
-			opts := append([]Option{WithHandlerFunc("wait", g.wait), WithHandlerFunc("place", stall)}, opts...)
-			bubble(t, opts, func(t *testing.T, b *bed) {
-				*g = *newGates()
-				p := b.peer()
-				place.bring(p, g)
-				f(t, b, p, g)
-				synctest.Wait() // a worker returns its leave after its ACK has left
-				if want, have := int64(b.options.workers), b.workers.permits.Load(); want != have {
-					t.Errorf("want leave for %d handlers, have %d", want, have)
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				a, ln := startMem(t, append([]Option{WithHandler("wait", g), WithHandlerFunc("place", stall)}, opts...)...)
+				h := ln.greetBreaking(t, syscall.ECONNRESET)
+				place.bring(h, g)
+				f(t, a, h, g)
+				synctest.Wait() // a worker returns its permit after its ACK has left
+				if want, have := int64(a.options.workers), a.workers.permits.Load(); want != have {
+					t.Errorf("want permits for %d handlers, have %d", want, have)
 				}
-				p.wantNone()
+				select {
+				case f, ok := <-h.frames:
+					if ok {
+						t.Errorf("want no more, have %s", inWordsFrame(f))
+					}
+				default:
+				}
 			})
 		})
 	}
@@ -88,13 +96,13 @@ func TestWorkerGoexit(t *testing.T) {
 		runtime.Goexit()
 		return nil
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
 		for n := range uint64(3) {
-			p.send(notifyOf(1, n, echoed("a"), NewMessage("place"), NewMessage("exit")))
-			p.want(1, n, sets("echo", "a")+","+sets("fault", "error"))
-			p.send(notifyOf(2, n, echoed("b")))
-			p.want(2, n, sets("echo", "b"))
+			h.send(notifyOf(1, n, echoed("a"), NewMessage("place"), NewMessage("exit")))
+			h.wantActions(1, n, sets("echo", "a")+","+sets("fault", "error"))
+			h.send(notifyOf(2, n, echoed("b")))
+			h.wantActions(2, n, sets("echo", "b"))
 		}
 	})
 }
@@ -129,23 +137,21 @@ func (r *record) want(t testing.TB, want ...string) {
 func TestHandlerTimeout(t *testing.T) {
 	const limit = 50 * time.Millisecond
 	var r record
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
 		r.list = nil
 		began := time.Now()
-		p.send(notifyOf(1, 1, NewMessage("place"), echoed("before"), waiting("late"), echoed("after")), notifyOf(1, 2, echoed("x")))
-		p.want(1, 2, sets("echo", "x"))
-		a := p.want(1, 1, sets("echo", "before")+","+sets("fault", "timeout"))
-		if took := a.at.Sub(began); took < limit || took > limit+2*tick {
-			t.Errorf("want the answer after %v, have it after %v", limit, took)
-		}
+		h.send(notifyOf(1, 1, NewMessage("place"), echoed("before"), waiting("late"), echoed("after")), notifyOf(1, 2, echoed("x")))
+		h.wantActions(1, 2, sets("echo", "x"))
+		h.wantActions(1, 1, sets("echo", "before")+","+sets("fault", "timeout"))
+		wantTook(t, "the answer", began, limit, limit+2*tick)
 		// It keeps its worker until it returns.
 		time.Sleep(time.Second)
-		if want, have := int64(b.options.workers-1), b.workers.permits.Load(); want != have {
-			t.Errorf("want leave for %d handlers, have %d", want, have)
+		if want, have := int64(a.options.workers-1), a.workers.permits.Load(); want != have {
+			t.Errorf("want permits for %d handlers, have %d", want, have)
 		}
-		close(g.gate("late"))
-		p.wantNone()
+		close(g.of("late"))
+		h.wantNothing()
 		slices.Sort(r.list)
 		r.want(t, "echo: <nil>", "echo: <nil>", "echo: spoa: waited too long for its turn", "place: <nil>", "wait: context deadline exceeded")
 	})
@@ -163,14 +169,14 @@ func TestHandlerTimeoutOwnError(t *testing.T) {
 			<-ctx.Done()
 			panic("own")
 		})}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		r.list = nil
-		p.send(notifyOf(1, 1, NewMessage("error")))
-		p.want(1, 1, "")
-		p.wantNone()
-		p.send(notifyOf(1, 2, NewMessage("panic")))
-		p.want(1, 2, "")
-		p.wantNone()
+		h.send(notifyOf(1, 1, NewMessage("error")))
+		h.wantActions(1, 1, "")
+		h.wantNothing()
+		h.send(notifyOf(1, 2, NewMessage("panic")))
+		h.wantActions(1, 2, "")
+		h.wantNothing()
 		r.want(t, "error: own", "panic: spoa: handler panicked: own")
 	})
 }
@@ -178,23 +184,22 @@ func TestHandlerTimeoutOwnError(t *testing.T) {
 // A NOTIFY whose turn comes too late is answered without its handler, also if
 // it need not wait for a worker then: here for the window of its connection.
 func TestHandlerTimeoutWindow(t *testing.T) {
-	var r record
-	g := new(gates)
-	opts := []Option{WithHandlerTimeout(20 * time.Millisecond), WithPipelining(1), WithFaultVar(ScopeTxn, "fault"),
-		WithHandlerFunc("wait", g.wait), WithHandlerFunc("echo", echo), r.hook()}
-	bubble(t, opts, func(t *testing.T, b *bed) {
-		*g = *newGates()
-		p := b.peer()
-		b.sole().pace.spread = 3 // to be spread
-		p.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
-		p.want(1, 1, sets("fault", "timeout"))
+	synctest.Test(t, func(t *testing.T) {
+		var r record
+		g := newGate()
+		a, ln := startMem(t, WithHandlerTimeout(20*time.Millisecond), WithPipelining(1), faultText(ScopeTxn, "fault"),
+			WithHandler("wait", g), WithHandlerFunc("echo", echo), r.hook())
+		h := ln.greet(t)
+		only(t, a).pace.spread = 3 // to be spread
+		h.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
+		h.wantActions(1, 1, sets("fault", "timeout"))
 		for id := uint64(2); id <= 3; id++ {
-			p.want(1, id, sets("fault", "overload"))
+			h.wantActions(1, id, sets("fault", "overload"))
 		}
-		p.send(notifyOf(1, 4, echoed("z")))
-		p.want(1, 4, sets("echo", "z"))
-		close(g.gate("late"))
-		p.wantNone()
+		h.send(notifyOf(1, 4, echoed("z")))
+		h.wantActions(1, 4, sets("echo", "z"))
+		close(g.of("late"))
+		h.wantNothing()
 		r.want(t, "echo: spoa: waited too long for its turn", "echo: spoa: waited too long for its turn", "echo: <nil>",
 			"wait: context deadline exceeded")
 	})
@@ -205,7 +210,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 func TestLateBeforeBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r record
-		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), WithFaultVar(ScopeTxn, "fault"), r.hook(),
+		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), faultText(ScopeTxn, "fault"), r.hook(),
 			WithHandlerFunc("echo", func(context.Context, *Message, *Actions) error {
 				t.Error("want no call of the handler")
 				return nil
@@ -301,11 +306,11 @@ func TestHandlerContext(t *testing.T) {
 			kept["not asked"] = ctx
 			return nil
 		})}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		for i, name := range []string{"poll", "done", "keep", "keep too"} {
 			arrived = time.Now()
-			p.send(notifyOf(1, uint64(i), NewMessage(name)))
-			p.want(1, uint64(i), "")
+			h.send(notifyOf(1, uint64(i), NewMessage(name)))
+			h.wantActions(1, uint64(i), "")
 			synctest.Wait()
 		}
 		for name, ctx := range kept {
@@ -319,9 +324,9 @@ func TestHandlerContext(t *testing.T) {
 
 // The context of a handler ends with its connection, and with the agent.
 func TestHandlerContextCancelled(t *testing.T) {
-	for what, gone := range map[string]func(b *bed, p *peer){
-		"reset": func(_ *bed, p *peer) { p.nc.Close() },
-		"Close": func(b *bed, _ *peer) { b.Close() },
+	for what, gone := range map[string]func(a *Agent, h *haproxy){
+		"reset": func(_ *Agent, h *haproxy) { h.nc.Close() },
+		"Close": func(a *Agent, _ *haproxy) { a.Close() },
 	} {
 		for limit, opts := range map[string][]Option{"without": nil, "with": {WithHandlerTimeout(time.Hour)}} {
 			t.Run(what+"/"+limit+" a timeout", func(t *testing.T) {
@@ -340,20 +345,19 @@ func TestHandlerContextCancelled(t *testing.T) {
 					ended.Add(1)
 					return nil
 				}))
-				everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
+				everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
 					ended.Store(0)
-					p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("hang")), notifyOf(1, 2, NewMessage("hang")))
+					h.send(notifyOf(1, 1, NewMessage("place"), NewMessage("hang")), notifyOf(1, 2, NewMessage("hang")))
 					time.Sleep(time.Second)
 					if want, have := int32(0), ended.Load(); want != have {
 						t.Errorf("want %d handlers that returned, have %d", want, have)
 					}
-					gone(b, p)
+					gone(a, h)
 					synctest.Wait()
 					if want, have := int32(2), ended.Load(); want != have {
 						t.Errorf("want %d handlers that returned, have %d", want, have)
 					}
-					<-p.answers // closed
-					p.answers = nil
+					h.untilGone()
 				})
 			})
 		}
@@ -364,25 +368,25 @@ func TestHandlerContextCancelled(t *testing.T) {
 // whose answers leave by a sibling, and no longer.
 func TestHandlerContextAsync(t *testing.T) {
 	opts := []Option{WithAsync()}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, g *gates) {
-		first := b.sole()
-		second := b.peer()
-		p.send(notifyOf(1, 1, NewMessage("place"), waiting("x")))
-		<-g.in
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
+		first := only(t, a)
+		second := first.listener.Listener.(*memListener).greet(t)
+		h.send(notifyOf(1, 1, NewMessage("place"), waiting("x")))
+		<-g.entered
 		synctest.Wait() // the second is async once it has said HELLO
-		p.nc.Close()
+		h.nc.Close()
 		time.Sleep(time.Minute)
 		if err := first.ctx.Err(); err != nil {
 			t.Errorf("want a context that lasts, have %v", err)
 		}
-		close(g.gate("x"))
-		second.want(1, 1, sets("wait", "x"))
+		close(g.of("x"))
+		second.wantActions(1, 1, sets("wait", "x"))
 		synctest.Wait()
 		if want, have := context.Canceled, first.ctx.Err(); want != have {
 			t.Errorf("want %v, have %v", want, have)
 		}
-		<-p.answers
-		p.answers = second.answers
+		h.untilGone()
+		second.wantNothing()
 	})
 }
 
@@ -398,10 +402,10 @@ func TestHandlerTimeoutFinished(t *testing.T) {
 			time.Sleep(2 * limit) // what the scheduler may do
 		}
 	}})
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
-		p.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
-		p.want(1, 1, sets("echo", "x"))
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
+		h.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
+		h.wantActions(1, 1, sets("echo", "x"))
 	})
 }
 
@@ -413,23 +417,23 @@ func TestHandlers(t *testing.T) {
 	}
 	var r record
 	opts := []Option{WithHandlerFunc("echo", echo), r.hook()}
-	everyplace(t, append(opts, WithFallback(HandlerFunc(fallback))), func(t *testing.T, b *bed, p *peer, _ *gates) {
+	everyplace(t, append(opts, WithFallback(HandlerFunc(fallback))), func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		r.list = nil
-		p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
-		p.want(1, 1, "set-var req.fallback string a,"+sets("echo", "x")+",set-var req.fallback string b")
-		p.wantNone()
+		h.send(notifyOf(1, 1, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
+		h.wantActions(1, 1, "set-var req.fallback string a,"+sets("echo", "x")+",set-var req.fallback string b")
+		h.wantNothing()
 		r.want(t, "place: <nil>", "a: <nil>", "echo: <nil>", "b: <nil>")
 	})
 
 	var lines logLines
-	opts = append(opts, WithFaultVar(ScopeTxn, "fault"), WithLogger(&lines))
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+	opts = append(opts, faultText(ScopeTxn, "fault"), WithLogger(&lines))
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		r.list = nil
 		lines.forget()
 		for id := range uint64(3) {
-			p.send(notifyOf(1, id, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
-			p.want(1, id, sets("echo", "x"))
-			p.wantNone()
+			h.send(notifyOf(1, id, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
+			h.wantActions(1, id, sets("echo", "x")+","+sets("fault", "no-handler"))
+			h.wantNothing()
 			r.want(t, "place: <nil>", "a: spoa: no handler for this message", "echo: <nil>", "b: spoa: no handler for this message")
 		}
 		for _, name := range []string{"a", "b"} {
@@ -439,8 +443,8 @@ func TestHandlers(t *testing.T) {
 		}
 		// A peer can invent any number of names.
 		for id := range uint64(2 * maxUnknown) {
-			p.send(notifyOf(2, id, NewMessage("invented-"+strconv.FormatUint(id, 10))))
-			p.want(2, id, "")
+			h.send(notifyOf(2, id, NewMessage("invented-"+strconv.FormatUint(id, 10))))
+			h.wantActions(2, id, sets("fault", "no-handler"))
 		}
 		if have := lines.with("no handler"); len(have) != maxUnknown {
 			t.Errorf("want %d warnings, have %d", maxUnknown, len(have))
@@ -463,7 +467,7 @@ func TestHandlerFaults(t *testing.T) {
 			return end(a)
 		}
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
 		WithHandler("error", fail(func(*Actions) error { return fmt.Errorf("wrapped: %w", own) })),
 		WithHandler("panic", fail(func(*Actions) error { panic(own) })),
 		WithHandler("panic with text", fail(func(*Actions) error { panic("text") })),
@@ -500,16 +504,16 @@ func TestHandlerFaults(t *testing.T) {
 		{"actions returned", "error", "", nil},
 	} {
 		t.Run(tt.message, func(t *testing.T) {
-			everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+			everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 				for id := range uint64(3) {
 					told = nil
-					p.send(notifyOf(1, id, NewMessage("place"), echoed("before"), NewMessage(tt.message), echoed("after")))
+					h.send(notifyOf(1, id, NewMessage("place"), echoed("before"), NewMessage(tt.message), echoed("after")))
 					want := []string{sets("echo", "before"), tt.actions, sets("echo", "after"), sets("fault", tt.fault)}
 					if tt.message == "goexit" {
 						want[2] = "" // there is no goroutine to call it
 					}
-					p.want(1, id, strings.Join(slices.DeleteFunc(want, func(s string) bool { return s == "" }), ","))
-					p.wantNone()
+					h.wantActions(1, id, strings.Join(slices.DeleteFunc(want, func(s string) bool { return s == "" }), ","))
+					h.wantNothing()
 					if len(told) < 3 || told[2].message != tt.message || told[2].err == nil {
 						t.Fatalf("want Handled told of the error, have %v", told)
 					}
@@ -526,8 +530,8 @@ func TestHandlerFaults(t *testing.T) {
 						t.Errorf("want the stack of the panic, have %v\n%s", pe, pe.Stack)
 					}
 					// No fault, no variable.
-					p.send(notifyOf(2, id, NewMessage("place"), echoed("good"), NewMessage("none")))
-					p.want(2, id, sets("echo", "good"))
+					h.send(notifyOf(2, id, NewMessage("place"), echoed("good")))
+					h.wantActions(2, id, sets("echo", "good"))
 				}
 			})
 		})
@@ -568,15 +572,15 @@ func TestSlowHandlerWarned(t *testing.T) {
 			time.Sleep(10 * slowWarn)
 			return nil
 		})}
-	everyplace(t, opts, func(t *testing.T, b *bed, p *peer, _ *gates) {
+	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		lines.forget()
-		p.send(notifyOf(1, 1, NewMessage("place"), NewMessage("slow")), notifyOf(1, 2, NewMessage("slow")))
+		h.send(notifyOf(1, 1, NewMessage("place"), NewMessage("slow")), notifyOf(1, 2, NewMessage("slow")))
 		time.Sleep(slowWarn - 2*tick)
 		if have := lines.with("slow handler"); len(have) != 0 {
 			t.Errorf("want no warning yet, have %q", have)
 		}
-		<-p.answers
-		<-p.answers
+		h.want(frameAck)
+		h.want(frameAck)
 		if have := lines.with("level=warn", "slow handler", "slow "); len(have) != 1 {
 			t.Errorf("want one warning, have %q", have)
 		}

@@ -58,7 +58,7 @@ from 0 for the worst addresses to 100 for those on no list.
   -cache dir    keep the last good copy of lists by URL here, for a start
                 without the network
   -lookup addr  show what each list says of this address, and exit
-
+` + sourcesUsage + `
   -listen addr  listen here instead: host:port, unix:/path, or systemd, which
                 must have passed sockets then (any are used); repeatable
   -unix-mode m  permissions of unix sockets (default 0660)
@@ -96,6 +96,7 @@ type config struct {
 	refresh    time.Duration
 	cache      string
 	lookup     string
+	sources    sourceFlags
 	listen     listen.Addrs
 	unixMode   fileMode
 	cert       string
@@ -168,6 +169,7 @@ func (c *config) flags() *flag.FlagSet {
 	flags.DurationVar(&c.refresh, "refresh", time.Hour, "")
 	flags.StringVar(&c.cache, "cache", "", "")
 	flags.StringVar(&c.lookup, "lookup", "", "")
+	c.sources.register(flags)
 	flags.Var(&c.listen, "listen", "")
 	flags.Var(&c.unixMode, "unix-mode", "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")
@@ -235,7 +237,10 @@ func (c *config) validate() error {
 	if _, err := level.Parse(c.logLevel); err != nil {
 		return fmt.Errorf("-log-level %q: want debug, info, warn or error", c.logLevel)
 	}
-	return c.validateLists()
+	if err := c.validateLists(); err != nil {
+		return err
+	}
+	return c.sources.validate()
 }
 
 func (c *config) logger(w io.Writer) log.Logger {

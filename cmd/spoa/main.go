@@ -58,14 +58,14 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	if c.lookup != "" {
-		if err := lookUp(c, stdout); err != nil {
-			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
-			return 1
-		}
-		return 0
+	run := serve
+	switch {
+	case c.lookup != "":
+		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
+	case c.sources.replay != "":
+		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
 	}
-	if err := serve(c, stderr); err != nil {
+	if err := run(c, stderr); err != nil {
 		fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 		return 1
 	}
@@ -111,7 +111,8 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 type service struct {
 	config    *config
 	logger    log.Logger
-	lists     *lists.Lists // nil: scores are random
+	lists     *lists.Lists // nil: none
+	sources   *sources     // nil: none but lists
 	tls       *listen.TLS  // nil: none
 	agent     *spoa.Agent
 	status    *status.Status
@@ -129,12 +130,16 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 	if s.lists, err = c.openLists(ctx, logger); err != nil {
 		return nil, err
 	}
+	if s.sources, err = c.openSources(s.lists, logger); err != nil {
+		return nil, err
+	}
 	if s.tls, err = c.loadTLS(); err != nil {
 		return nil, err
 	}
 	s.status = status.New(status.Config{
 		Conns:    func() []spoa.ConnInfo { return s.agent.Conns() },
 		Lists:    s.lists,
+		Sources:  s.sources.combined(),
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
@@ -143,7 +148,14 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 	if c.metrics.Network != "" {
 		hooks = s.status.Hooks()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(s.lists, s.status.Judged)), hooks)
+	score := newScorer(s.lists, s.status.Judged)
+	if s.sources != nil {
+		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
+		first, cancel := context.WithTimeout(ctx, prepareTimeout)
+		_ = s.sources.prepare(first) // logs; what is missing is pulled later
+		cancel()
+	}
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -187,6 +199,7 @@ func serve(c *config, stderr io.Writer) error {
 	if s.lists != nil {
 		g.Add(actor(s.lists.Watch))
 	}
+	s.sources.addTo(&g)
 	s.notifySystemd(daemon.SdNotifyReady)
 	err = g.Run()
 	if errors.Is(err, run.ErrSignal) {
@@ -273,6 +286,7 @@ func (s *service) reloadOnce(ctx context.Context) {
 	if s.lists != nil {
 		_ = s.lists.Reload(ctx) // logs
 	}
+	s.sources.reloadAll()
 	if s.tls != nil {
 		if err := s.tls.Reload(); err != nil {
 			level.Error(s.logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))
@@ -287,18 +301,18 @@ func (s *service) notifySystemd(state string) {
 }
 
 // scorer sets the variables of an address.
-type scorer func(netip.Addr, *spoa.Actions)
+type scorer func(context.Context, netip.Addr, *spoa.Actions)
 
 // newScorer returns one that goes by lists, or by chance if there are none, and
 // reports to judged every verdict.
 func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
 	if l == nil {
-		return func(_ netip.Addr, a *spoa.Actions) {
+		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
 			judged("", false)
 			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
 		}
 	}
-	return func(ip netip.Addr, a *spoa.Actions) {
+	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
 		v := l.Lookup(ip)
 		listed := v.State == lists.Listed
 		if !listed {
@@ -332,7 +346,7 @@ func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
 			return nil
 		}
 		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ip, a)
+			score(ctx, ip, a)
 		}
 		return nil
 	}

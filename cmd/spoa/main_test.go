@@ -293,7 +293,7 @@ func TestRandomScoreRange(t *testing.T) {
 	seen := map[uint64]bool{}
 	for range 20_000 { // any of 101 is missing once in 10^84
 		var a spoa.Actions
-		score(netip.Addr{}, &a)
+		score(t.Context(), netip.Addr{}, &a)
 		v, _ := a.Lookup(spoa.ScopeSess, "ip_score")
 		n, _ := v.Uint()
 		seen[n] = true

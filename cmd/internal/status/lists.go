@@ -1,11 +1,7 @@
 package status
 
 import (
-	"encoding/json"
 	"fmt"
-	"net/http"
-	"net/netip"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -40,46 +36,21 @@ func checked(s lists.Stats, now time.Time) string {
 	return fmt.Sprintf("checked %s ago, last status %d, next in %s", short(now.Sub(s.Checked)), s.Status, short(s.Next.Sub(now)))
 }
 
-// lookup is what all lists say of an address.
-type lookup struct {
-	IP      netip.Addr `json:"ip"`
-	State   string     `json:"state"` // listed, allowed, unlisted
-	Score   uint8      `json:"score"`
-	List    string     `json:"list,omitempty"` // that decided
-	Matches []match    `json:"matches"`
+// lookupPage is an explanation for people.
+type lookupPage struct {
+	*explanation
+	Matches []match
 }
 
 type match struct {
 	lists.Match
-	LoadedAgo   string `json:"-"`
-	ModifiedAgo string `json:"-"`
+	LoadedAgo, ModifiedAgo string
 }
 
-// lookup answers why an address scores so, to browsers with the page, to others
-// with JSON.
-func (st *Status) lookup(w http.ResponseWriter, r *http.Request) {
-	addr, err := netip.ParseAddr(strings.TrimSpace(r.FormValue("ip")))
-	switch {
-	case st.config.Lists == nil:
-		http.Error(w, "no lists: scores are random", http.StatusNotFound)
-		return
-	case err != nil:
-		http.Error(w, "want an address, as in /lookup?ip=192.0.2.1", http.StatusBadRequest)
-		return
+func newLookupPage(e *explanation, now time.Time) *lookupPage {
+	p := &lookupPage{explanation: e}
+	for _, m := range e.Lists {
+		p.Matches = append(p.Matches, match{m, short(now.Sub(m.Loaded)), short(now.Sub(m.Modified))})
 	}
-	now := time.Now()
-	v := st.config.Lists.Lookup(addr)
-	l := &lookup{IP: addr, State: v.State.String(), Score: v.Score, List: v.List, Matches: []match{}}
-	for _, m := range st.config.Lists.Explain(addr) {
-		l.Matches = append(l.Matches, match{m, short(now.Sub(m.Loaded)), short(now.Sub(m.Modified))})
-	}
-	if strings.Contains(r.Header.Get("Accept"), "text/html") {
-		d := st.pageData(now)
-		d.Lookup = l
-		d.write(w)
-		return
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
-	json.NewEncoder(w).Encode(l) // an error is the client's
+	return p
 }

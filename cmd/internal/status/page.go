@@ -38,10 +38,12 @@ type pageData struct {
 	Opened, HealthChecks string
 	Messages             []pageMessage
 	Lists                []pageList
+	Sources              []pageSource
+	WouldDeny            string
 	Unlisted             string
 	RandomScores         string
 	Faults               []pageFault
-	Lookup               *lookup // nil: none was asked for
+	Lookup               *lookupPage // nil: none was asked for
 }
 
 type pageConn struct {
@@ -92,7 +94,7 @@ func (d *pageData) write(w http.ResponseWriter) {
 
 func (st *Status) pageData(now time.Time) *pageData {
 	d := &pageData{
-		Build: st.config.Build, Draining: st.draining.Load(), Random: st.config.Lists == nil, Up: short(now.Sub(st.started)),
+		Build: st.config.Build, Draining: st.draining.Load(), Random: st.random != nil, Up: short(now.Sub(st.started)),
 		Opened: number(value(st.opened)), HealthChecks: number(value(st.checks)),
 	}
 	conns := st.config.Conns()
@@ -111,6 +113,7 @@ func (st *Status) pageData(now time.Time) *pageData {
 	}
 	d.addMessages(st)
 	d.addLists(st, now)
+	d.addSources(st, now)
 	for _, s := range faultCodes {
 		d.addFault(st, s.String(), statusCode(s), byAgent, byHAProxy)
 	}
@@ -148,6 +151,9 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 		return
 	}
 	d.Unlisted = number(value(st.unlisted))
+	if st.config.Lists == nil {
+		return
+	}
 	for _, s := range st.config.Lists.Stats() {
 		p := pageList{
 			Name: s.Name, File: s.File, Kind: listKind(s), Entries: number(float64(s.Entries)), BadLines: s.BadLines,
@@ -179,8 +185,9 @@ func peerName(a net.Addr) string {
 
 // abridged is for what a peer may fill with anything, and make as long as a
 // frame.
-func abridged(s string) string {
-	const most = 64
+func abridged(s string) string { return abridgedTo(s, 64) }
+
+func abridgedTo(s string, most int) string {
 	r := []rune(s)
 	more := len(r) > most
 	r = r[:min(len(r), most)]

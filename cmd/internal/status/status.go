@@ -21,13 +21,15 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
 // Config names what a Status shows.
 type Config struct {
 	Conns    func() []spoa.ConnInfo // the agent's
-	Lists    *lists.Lists           // nil: scores are random
+	Lists    *lists.Lists           // nil: none
+	Sources  *reputation.Combined   // nil: none but lists
 	TLS      *listen.TLS            // nil: none
 	Build    Build
 	Messages []string // that have a handler
@@ -50,6 +52,7 @@ type Status struct {
 	random   prometheus.Counter
 	opened   prometheus.Counter
 	checks   prometheus.Counter
+	denied   prometheus.Counter // that would be, with sources
 	faults   map[origin]prometheus.Counter
 }
 
@@ -109,6 +112,7 @@ func New(c Config) *Status {
 	}
 	st.registerMessages()
 	st.registerVerdicts()
+	st.registerSources()
 	st.opened = st.counter("connections_opened_total", "Connections accepted, those of health checks included.").WithLabelValues()
 	st.checks = st.counter("health_checks_total", "Health checks answered.").WithLabelValues()
 	st.registerFaults()
@@ -152,17 +156,24 @@ func (st *Status) registerMessages() {
 
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
-		"Addresses judged: listed (and on which list), unlisted (or allowed), or given a random score.", "verdict", "list")
-	if st.config.Lists == nil {
+		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+	if st.config.Lists == nil && st.config.Sources == nil {
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
 	st.verdict = verdicts
 	st.unlisted = verdicts.WithLabelValues("unlisted", "")
-	for _, s := range st.config.Lists.Stats() {
-		if !s.Allow { // two files may have one name, and so one counter
-			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+	if st.config.Lists != nil {
+		for _, s := range st.config.Lists.Stats() {
+			if !s.Allow { // two files may have one name, and so one counter
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			}
 		}
+	}
+	if st.config.Sources != nil {
+		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
+			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+		})
 	}
 }
 
@@ -258,7 +269,7 @@ func (st *Status) connClosed(p spoa.Peer, err error) {
 	st.faults[o].Inc()
 }
 
-// Judged counts a verdict, and the list that it rests on.
+// Judged counts a verdict, and the list or other source that it rests on.
 func (st *Status) Judged(list string, listed bool) {
 	switch {
 	case st.random != nil:
@@ -386,7 +397,9 @@ func (st *Status) handler() http.Handler {
 		fmt.Fprintln(w, "ready")
 	})
 	mux.HandleFunc("GET /{$}", st.page)
-	mux.HandleFunc("GET /lookup", st.lookup)
+	if st.config.Lists != nil || st.config.Sources != nil {
+		mux.HandleFunc("GET /lookup", st.lookup)
+	}
 	return mux
 }
 

@@ -38,7 +38,7 @@ func main() {
 }
 
 func realMain(args []string, stdout, stderr io.Writer) int {
-	c, err := parse(args)
+	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(stdout, usage)
@@ -54,6 +54,9 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		if err != nil {
 			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 			return 1
+		}
+		for _, note := range c.notes {
+			fmt.Fprintf(stderr, "spoa: %s\n", note)
 		}
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
@@ -189,11 +192,14 @@ func serve(c *config, stderr io.Writer) error {
 	case err != nil:
 		return err
 	}
+	for _, note := range c.notes {
+		level.Warn(logger).Log("msg", note)
+	}
 	var g run.Group
 	g.Add(func() error { return s.serve(end) }, func(error) { s.drain() })
 	g.Add(actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
 	if s.web != nil {
-		level.Info(logger).Log("msg", "metrics", "addr", s.web.Addr())
+		level.Info(logger).Log("msg", "metrics", "addr", listen.Name(s.web.Addr()), "access", (*listen.TLS)(nil).Access(s.web.Addr()))
 		g.Add(s.status.Actor(s.web))
 	}
 	if s.lists != nil {
@@ -226,7 +232,7 @@ func (s *service) begin() {
 func (s *service) serve(end <-chan os.Signal) error {
 	errs := make(chan error)
 	for _, l := range s.listeners {
-		level.Info(s.logger).Log("msg", "listening", "addr", l.Addr(), "access", s.tls.Access(l.Addr()))
+		level.Info(s.logger).Log("msg", "listening", "addr", listen.Name(l.Addr()), "access", s.tls.Access(l.Addr()))
 		go func() { errs <- s.serveOne(l) }()
 	}
 	var failed, signalled error

@@ -157,7 +157,12 @@ func (st *Status) registerMessages() {
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
 		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+	random := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "spoa_random_scores", Help: "1 if there is no list or other source: scores are random then, for trying out only.",
+	})
+	st.registry.MustRegister(random)
 	if st.config.Lists == nil && st.config.Sources == nil {
+		random.Set(1)
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}

@@ -71,6 +71,7 @@ func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 	c.fragments.max = a.fragmentation
 	c.lastUsed.Store(int64(c.opened))
 	c.sender = sender{conn: c, nc: nc}
+	nc.SetWriteDeadline(a.workers.epoch.Add(c.opened + a.helloTimeout)) // TLS writes before the HELLO is read
 	c.box.Init(&c.sender, a.pipelining, &a.workers.inFlight)
 	c.queue.workers, c.queue.box, c.queue.taker = a.workers, &c.box, c
 	c.ctx, c.cancel = context.WithCancel(a.ctx)

@@ -6,9 +6,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
-	"net"
-	"net/http"
 	"slices"
 	"strconv"
 	"sync"
@@ -17,7 +14,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
@@ -366,52 +362,6 @@ func listKind(s lists.Stats) string {
 		return "allow"
 	}
 	return "reputation"
-}
-
-// Drain makes the server say that the agent is coming to its end: it is not
-// ready any more.
-func (st *Status) Drain() { st.draining.Store(true) }
-
-// Actor returns the HTTP server on l as an actor of an oklog/run group.
-func (st *Status) Actor(l net.Listener) (execute func() error, interrupt func(error)) {
-	srv := &http.Server{Handler: st.handler(), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute}
-	ctx, cancel := context.WithCancel(context.Background())
-	execute = func() error {
-		go st.sampleUntil(ctx)
-		err := srv.Serve(l)
-		if errors.Is(err, http.ErrServerClosed) {
-			<-ctx.Done()
-			return nil
-		}
-		return err
-	}
-	interrupt = func(error) {
-		defer cancel()
-		ctx, done := context.WithTimeout(ctx, time.Second)
-		defer done()
-		if srv.Shutdown(ctx) != nil {
-			srv.Close()
-		}
-	}
-	return execute, interrupt
-}
-
-func (st *Status) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(st.registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if st.draining.Load() {
-			http.Error(w, "draining", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ready")
-	})
-	mux.HandleFunc("GET /{$}", st.page)
-	if st.config.Lists != nil || st.config.Sources != nil {
-		mux.HandleFunc("GET /lookup", st.lookup)
-	}
-	return mux
 }
 
 // sampleUntil samples until ctx ends.

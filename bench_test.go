@@ -149,7 +149,7 @@ func BenchmarkAgent(b *testing.B) {
 						address += "-agent"
 					}
 					al := listen("")
-					newBed(b, al, WithHandlerFunc("check-client-ip", ipScore))
+					startAgent(b, al, WithHandlerFunc("check-client-ip", ipScore))
 					agent, floor := newLoad(b, al, conns, inFlight), newLoad(b, fl, conns, inFlight)
 					const chunk = 4000 // NOTIFYs
 					rounds := max(1, chunk/conns/inFlight)

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/go-kit/log"
 )
 
 // talk is what a whole conversation comes to: by the specification, one frame
@@ -43,6 +45,9 @@ func (c *talk) run(b []byte) {
 	for len(b) >= 4 {
 		size := uint64(binary.BigEndian.Uint32(b))
 		switch {
+		case !c.agreed && otherProtocol(b) != nil:
+			c.end(4)
+			return
 		case size > limit:
 			c.end(3)
 			return
@@ -246,7 +251,7 @@ func play(t *testing.T, setup, step byte, said []byte) {
 	want := talk{pipelining: true, frameSize: ownFrameSize}
 	ended := make(chan error, 1)
 	opts := []Option{
-		WithMaxFrameSize(ownFrameSize), WithPipelining(4), WithFaultVar(ScopeTxn, "fault"),
+		WithLogger(log.NewNopLogger()), WithMaxFrameSize(ownFrameSize), WithPipelining(4), faultText(ScopeTxn, "fault"),
 		WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { ended <- err }}),
 		WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic("out of cheese") }),
 		WithHandlerFunc("exit", func(context.Context, *Message, *Actions) error { runtime.Goexit(); return nil }),

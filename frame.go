@@ -53,23 +53,23 @@ const version = "2.0"
 // Status is a SPOP status code: why a connection was closed (SPOE.txt 3.2.9).
 type Status uint32
 
-// The status codes that SPOP knows.
+// The status codes that SPOP knows, and when an Agent sends each.
 const (
-	StatusNormal          Status = 0
-	StatusIO              Status = 1
-	StatusTimeout         Status = 2
-	StatusFrameTooBig     Status = 3
-	StatusInvalidFrame    Status = 4
-	StatusNoVersion       Status = 5
-	StatusNoFrameSize     Status = 6
-	StatusNoCapabilities  Status = 7
-	StatusBadVersion      Status = 8
-	StatusBadFrameSize    Status = 9
-	StatusNoFragmentation Status = 10
-	StatusInterlaced      Status = 11
-	StatusFrameIDNotFound Status = 12
-	StatusNoResources     Status = 13
-	StatusUnknown         Status = 99
+	StatusNormal          Status = 0  // a drain, WithRotation, or the answer to a HAPROXY-DISCONNECT
+	StatusIO              Status = 1  // never; a Client reports a broken connection by it
+	StatusTimeout         Status = 2  // WithHelloTimeout or WithIdleTimeout is over
+	StatusFrameTooBig     Status = 3  // a frame exceeds the negotiated size
+	StatusInvalidFrame    Status = 4  // a frame is malformed, or not one that may come here
+	StatusNoVersion       Status = 5  // the HELLO has no supported-versions
+	StatusNoFrameSize     Status = 6  // the HELLO has no max-frame-size
+	StatusNoCapabilities  Status = 7  // the HELLO has no capabilities
+	StatusBadVersion      Status = 8  // the HELLO does not list version 2.0
+	StatusBadFrameSize    Status = 9  // the HELLO has a max-frame-size below 256
+	StatusNoFragmentation Status = 10 // a frame is fragmented, without WithFragmentation
+	StatusInterlaced      Status = 11 // a fragment is of another NOTIFY than the one before
+	StatusFrameIDNotFound Status = 12 // a fragment has no beginning
+	StatusNoResources     Status = 13 // there are as many connections as WithMaxConns allows
+	StatusUnknown         Status = 99 // never; what a DISCONNECT without a status is taken for
 )
 
 // statusText holds the specification's words for a status and, where there is
@@ -194,7 +194,7 @@ func appendVarint(b []byte, v uint64) []byte {
 	return append(b, byte(v))
 }
 
-// varint decodes a varint at the beginning of b and says how many bytes it
+// varint decodes a varint at the beginning of b and returns how many bytes it
 // takes: 0 if it is cut short, longer than 10 bytes, or beyond 64 bits.
 func varint(b []byte) (v uint64, n int) {
 	if len(b) > 0 && b[0] < 240 {
@@ -588,8 +588,8 @@ func (f *frame) parse(b []byte) bool {
 	return m > 0
 }
 
-// beginFrame appends the beginning of a frame; finishFrame, told where that
-// was, fills in the length.
+// beginFrame appends the beginning of a frame. The length is filled in by
+// finishFrame.
 func beginFrame(b []byte, kind byte, flags uint32, stream, id uint64) []byte {
 	b = append(b, 0, 0, 0, 0, kind)
 	b = binary.BigEndian.AppendUint32(b, flags)
@@ -631,7 +631,7 @@ type hello struct {
 	healthcheck  bool
 }
 
-// can tells whether the comma list of capabilities holds name.
+// can reports whether the comma list of capabilities holds name.
 func (h *hello) can(name string) bool {
 	for c := range strings.SplitSeq(h.capabilities, ",") {
 		if strings.TrimSpace(c) == name {
@@ -829,8 +829,8 @@ func (g *assembler) swap(buf []byte) []byte {
 	return whole
 }
 
-// speaksVersion2 tells whether a list of versions holds 2.0: whoever speaks 2.x
-// speaks all before it back to 2.0.
+// speaksVersion2 reports whether a list of versions holds 2.0, or a later 2.x, which
+// includes it.
 func speaksVersion2(list string) bool {
 	for v := range strings.SplitSeq(list, ",") {
 		if minor, ok := strings.CutPrefix(strings.TrimSpace(v), "2."); ok {
@@ -946,7 +946,7 @@ func NewMessage(name string, args ...Arg) *Message {
 	for i := range args {
 		b = appendKV(b, args[i].Name, args[i].Value)
 	}
-	return &Message{name: name, count: len(args), args: b, from: new(notify)}
+	return &Message{name: name, count: len(args), args: b}
 }
 
 // Name returns the message's name.
@@ -954,14 +954,33 @@ func (m *Message) Name() string { return m.name }
 
 // StreamID returns the STREAM-ID of the NOTIFY: HAProxy's stream, counted per
 // process up to HAProxy 3.0 and per connection from 3.1 on.
-func (m *Message) StreamID() uint64 { return m.from.stream }
+func (m *Message) StreamID() uint64 {
+	if m.from == nil { // NewMessage's
+		return 0
+	}
+	return m.from.stream
+}
 
 // FrameID returns the FRAME-ID of the NOTIFY.
-func (m *Message) FrameID() uint64 { return m.from.id }
+func (m *Message) FrameID() uint64 {
+	if m.from == nil {
+		return 0
+	}
+	return m.from.id
+}
 
 // EngineID returns the engine-id of the connection's HELLO, empty if it had
 // none.
-func (m *Message) EngineID() string { return m.from.engine }
+func (m *Message) EngineID() string { return m.Peer().EngineID }
+
+// Peer returns the other end of the connection that the message came on, the zero
+// Peer for a Message of NewMessage.
+func (m *Message) Peer() Peer {
+	if m.from == nil || m.from.peer == nil {
+		return Peer{}
+	}
+	return *m.from.peer
+}
 
 // Len returns the number of arguments, at most 255.
 func (m *Message) Len() int { return m.count }
@@ -1041,7 +1060,7 @@ func appendMessage(b []byte, m *Message) []byte {
 // handled one after the other, so one Message does for all.
 type notify struct {
 	stream, id uint64
-	engine     string
+	peer       *Peer
 	payload    []byte
 	current    Message
 	begun      bool // nextMessage has returned the first
@@ -1565,31 +1584,76 @@ const (
 // limit of size; a handler gets one that knows how much the negotiated frame
 // size leaves. It must not be used after the handler has returned, nor by
 // several goroutines at once.
+//
+// The messages of a NOTIFY are handled in their order and share the Actions: All
+// and Lookup also return what earlier messages have set, and Drop takes it back.
+// If a handler fails, its own actions are not sent, but for those before Keep.
 type Actions struct {
 	buf []byte
 	max int // of len(buf); 0: no limit
 	err error
+
+	before []byte // buf as it was when the handler was called
+	kept   []byte // what buf becomes if it fails
 }
 
-// SetVar sets a variable. HAProxy puts its scope and the agent's var-prefix in
+// begin prepares a for a handler.
+func (a *Actions) begin() {
+	a.before, a.kept, a.err = a.buf, a.buf, nil
+}
+
+// fallBack leaves what is sent though the handler has failed.
+func (a *Actions) fallBack() { a.buf = a.kept }
+
+// Keep makes the actions so far final: they are sent even if the handler returns
+// an error or panics. Those after it are not, unless it is called again. A
+// handler that is late has none of its actions sent.
+func (a *Actions) Keep() { a.kept = a.buf }
+
+// Drop removes all actions on a variable, also those of earlier messages of the
+// NOTIFY, and reports whether there were any. They are not sent, unless the handler
+// fails and has not called Keep since.
+func (a *Actions) Drop(s Scope, name string) bool {
+	// Others may still read the old bytes, and may have to come back to them.
+	var rest []byte
+	dropped := false
+	for b := a.buf; len(b) > 0; {
+		act, after, ok := cutAction(b)
+		if !ok {
+			break
+		}
+		if act.Scope == s && act.Name == name {
+			dropped = true
+		} else {
+			rest = append(rest, b[:len(b)-len(after)]...)
+		}
+		b = after
+	}
+	if dropped {
+		a.buf = rest
+	}
+	return dropped
+}
+
+// SetVar sets a variable (SPOE.txt 3.4). HAProxy puts its scope and the agent's var-prefix in
 // front of the name, and silently ignores a variable whose full name
 // ("sess.iprep.ip_score") is longer than 63 bytes, or that no rule of its
 // configuration mentions and nothing registers.
 func (a *Actions) SetVar(s Scope, name string, v Value) {
-	if b, ok := a.begin(actionSetVar, 3, s, name, len(v.s)); ok {
-		a.end(appendValue(b, v), name)
+	if b, ok := a.beginAction(actionSetVar, 3, s, name, len(v.s)); ok {
+		a.endAction(appendValue(b, v), name)
 	}
 }
 
-// UnsetVar unsets a variable.
+// UnsetVar unsets a variable (SPOE.txt 3.4).
 func (a *Actions) UnsetVar(s Scope, name string) {
-	if b, ok := a.begin(actionUnsetVar, 2, s, name, 0); ok {
-		a.end(b, name)
+	if b, ok := a.beginAction(actionUnsetVar, 2, s, name, 0); ok {
+		a.endAction(b, name)
 	}
 }
 
-// begin returns the actions with the beginning of another one.
-func (a *Actions) begin(action, nargs byte, s Scope, name string, size int) (b []byte, ok bool) {
+// beginAction returns the actions with the beginning of another one.
+func (a *Actions) beginAction(action, nargs byte, s Scope, name string, size int) (b []byte, ok bool) {
 	switch {
 	case name == "" || len(name) > math.MaxUint8:
 		a.fail(fmt.Errorf("spoa: variable name of %d bytes: want 1 to 255", len(name)))
@@ -1603,8 +1667,8 @@ func (a *Actions) begin(action, nargs byte, s Scope, name string, size int) (b [
 	return nil, false
 }
 
-// end takes b for the actions, if it fits.
-func (a *Actions) end(b []byte, name string) {
+// endAction makes b the actions, if it fits.
+func (a *Actions) endAction(b []byte, name string) {
 	if a.max > 0 && len(b) > a.max {
 		a.fail(a.tooBig(name))
 		return
@@ -1642,7 +1706,8 @@ func (a *Actions) All() iter.Seq[Action] {
 	}
 }
 
-// Lookup returns what a variable is set to by the last action on it.
+// Lookup returns what a variable is set to by the last action on it, be it of the
+// same message or of an earlier one of the NOTIFY.
 func (a *Actions) Lookup(s Scope, name string) (v Value, ok bool) {
 	for act := range a.All() {
 		if act.Scope == s && act.Name == name {

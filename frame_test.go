@@ -1095,12 +1095,12 @@ func TestMessage(t *testing.T) {
 }
 
 func TestMessageIDs(t *testing.T) {
-	n := notify{stream: 7, id: 8, engine: "e"}
+	n := notify{stream: 7, id: 8, peer: &Peer{EngineID: "e", FrameSize: 256}}
 	if err := n.decode([]byte("\x01a\x00\x01b\x00")); err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range messagesOf(&n) {
-		if m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" {
+		if m.StreamID() != 7 || m.FrameID() != 8 || m.EngineID() != "e" || m.Peer().FrameSize != 256 {
 			t.Errorf("%s: want 7, 8, e, have %d, %d, %s", m.Name(), m.StreamID(), m.FrameID(), m.EngineID())
 		}
 	}

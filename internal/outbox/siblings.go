@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"math"
 	"slices"
 	"sync"
 )
@@ -77,39 +78,59 @@ func (b *Box) Siblings() int {
 	return len(s.boxes)
 }
 
-// at returns the i-th box to be tried, nil if there are not so many.
-func (s *Siblings) at(i int) *Box {
+// some returns up to n of the boxes, the one to be tried first at the beginning.
+func (s *Siblings) some(n int) []*Box {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if i >= len(s.boxes) {
+	if len(s.boxes) == 0 {
 		return nil
 	}
-	s.next++
-	return s.boxes[s.next%len(s.boxes)]
+	s.next = (s.next + 1) % len(s.boxes)
+	from := s.boxes[s.next:]
+	if n <= len(from) {
+		return slices.Clone(from[:n])
+	}
+	return append(slices.Clone(from), s.boxes[:min(n-len(from), s.next)]...)
 }
 
 // send sends those of the frames that are carried by other boxes.
 func (s *Siblings) send(frames []byte) {
 	frames = slices.Clip(s.filter(frames))
-	for i := 0; len(frames) > 0; {
-		b := s.at(i)
-		if b == nil {
-			n := 0
-			for ; len(frames) > 0; n++ {
-				frames = frames[FrameLen(frames):]
-			}
-			s.dropped(n)
-			return
+	for len(frames) > 0 {
+		one := s.some(1)
+		if one == nil {
+			break
 		}
-		rest, open := b.take(frames)
-		frames = rest
-		if open {
+		// Mostly one takes all. A closed one leaves, so that each is found once.
+		var open bool
+		if frames, open = s.sendBy(one, frames); open && len(frames) > 0 {
+			frames, _ = s.sendBy(s.some(math.MaxInt), frames)
+			break
+		}
+	}
+	n := 0
+	for ; len(frames) > 0; n++ {
+		frames = frames[FrameLen(frames):]
+	}
+	if n > 0 {
+		s.dropped(n)
+	}
+}
+
+// sendBy sends the frames by the boxes, each of which takes what it can, and
+// returns those that none took. It reports whether the last one tried was open.
+func (s *Siblings) sendBy(boxes []*Box, frames []byte) (rest []byte, open bool) {
+	for _, b := range boxes {
+		if frames, open = b.take(frames); open {
 			b.Flush()
-			i++
 		} else {
 			s.leave(b)
 		}
+		if len(frames) == 0 {
+			break
+		}
 	}
+	return frames, open
 }
 
 // filter returns the frames that are carried, in the memory of b.

@@ -298,7 +298,7 @@ func TestSourcesNone(t *testing.T) {
 func BenchmarkHandler(b *testing.B) {
 	ctx := context.Background()
 	all, _ := withSources(b, nil)
-	c, err := parse([]string{"-reputation", os.DevNull})
+	c, err := parse([]string{"-reputation", os.DevNull}, nil)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -311,7 +311,7 @@ func BenchmarkHandler(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	lists := checkClientIP(0, newScorer(l, func(string, bool) {}))
+	lists := checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
 	for name, h := range map[string]spoa.HandlerFunc{"lists": lists, "all": all} {
 		for _, addr := range []string{"192.0.2.1", "203.0.113.1"} {
 			m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})

@@ -95,7 +95,7 @@ func TestSourcePage(t *testing.T) {
 	}
 }
 
-func TestLookup(t *testing.T) {
+func TestSourcesLookup(t *testing.T) {
 	h := sourcesHandler(t)
 	for _, path := range []string{"/lookup", "/lookup?ip=", "/lookup?ip=x", "/lookup?ip=192.0.2.0/24"} {
 		body(t, h, path, 400)

@@ -370,7 +370,7 @@ func TestSlowCloseOfOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 50 * time.Millisecond
 		g := newGate()
-		a, ln := startMem(t, WithHandler("wait", g), WithWriteTimeout(time.Second), WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"))
+		a, ln := startMem(t, WithHandler("wait", g), WithWriteTimeout(time.Second), WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"))
 		healthy := ln.greet(t)
 		for range 10 {
 			nc := ln.offerSlow(t)

@@ -29,28 +29,34 @@ const (
 )
 
 // conn is a connection of HAProxy's. It owns the net.Conn. At any time one
-// goroutine is its reader and owns the fields that are not said to be another's.
+// goroutine is its reader.
 type conn struct {
-	queue                // its NOTIFYs with the workers
-	box       outbox.Box // its answers
-	sender    sender     // of box
-	agent     *Agent
-	listener  *listener
-	nc        net.Conn
-	host      string // of its peer
-	cancel    context.CancelFunc
-	opened    time.Duration
-	rd        *reader              // the current one; guarded by the reader's turn
-	peer      atomic.Pointer[Peer] // replaced by the reader, once, at the HELLO
-	notifies  atomic.Uint64        // received
-	lastUsed  atomic.Int64         // when the reader last went back to reading: a time.Duration
-	partial   atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
-	leaving   atomic.Bool          // the reader is to read no more, and to end the connection
-	draining  drain.Conn           // the drain's
-	greeted   bool                 // the HELLOs have been exchanged
-	agreed    terms
-	fragments assembler
+	queue            // its NOTIFYs with the workers
+	box   outbox.Box // its answers
 
+	// Set by newConn.
+	agent    *Agent
+	listener *listener
+	nc       net.Conn
+	host     string // of its peer
+	cancel   context.CancelFunc
+	opened   time.Duration
+
+	// For any goroutine to read.
+	peer     atomic.Pointer[Peer] // set anew at the HELLO
+	notifies atomic.Uint64        // received
+	lastUsed atomic.Int64         // when the reader last went back to reading: a time.Duration
+	partial  atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
+	leaving  atomic.Bool          // the reader is to end the connection, or is about to
+
+	sender   sender     // belongs to the goroutine that writes
+	draining drain.Conn // belongs to the drain
+
+	// The reader's.
+	rd          *reader // the reader itself; changed by handOver
+	greeted     bool    // the HELLOs have been exchanged
+	agreed      terms
+	fragments   assembler
 	armed       time.Duration // when the read deadline is; 0: none
 	frameStart  time.Duration // when the frame that is being read began; 0: none is
 	notifyStart time.Duration // when the fragmented NOTIFY began; 0: none is open
@@ -71,7 +77,7 @@ func newConn(a *Agent, l *listener, nc net.Conn) *conn {
 	c.fragments.max = a.fragmentation
 	c.lastUsed.Store(int64(c.opened))
 	c.sender = sender{conn: c, nc: nc}
-	nc.SetWriteDeadline(a.workers.epoch.Add(c.opened + a.helloTimeout)) // TLS writes before the HELLO is read
+	nc.SetWriteDeadline(a.workers.epoch.Add(c.opened + a.helloTimeout)) // of a TLS handshake, which writes within Read
 	c.box.Init(&c.sender, a.pipelining, &a.workers.inFlight)
 	c.queue.workers, c.queue.box, c.queue.taker = a.workers, &c.box, c
 	c.ctx, c.cancel = context.WithCancel(a.ctx)
@@ -148,6 +154,7 @@ type sender struct {
 	armed time.Duration // when the write deadline is
 }
 
+// WriteFrames implements outbox.Writer.
 func (s *sender) WriteFrames(b []byte, now time.Duration) (int, error) {
 	c := s.conn
 	if now == 0 {
@@ -480,9 +487,10 @@ func (rd *reader) hello() error {
 		a.checked(c)
 	}
 	c.agreed, c.greeted = negotiate(h, a.terms()), true
-	c.ackSize = c.agreed.frameSize - (minFrameLen - 2) - len(a.faultVars[faultOverload])
-	c.engine, rd.job.engine = h.engineID, h.engineID
-	c.peer.Store(&Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck})
+	c.ackSize = c.agreed.frameSize - (minFrameLen - 2)
+	peer := &Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck}
+	c.peer.Store(peer)
+	c.engine, c.queue.hello, rd.job.peer = h.engineID, peer, peer
 	rd.out = appendHello(rd.out, frameAgentHello, &hello{versions: version, frameSize: uint32(c.agreed.frameSize), capabilities: c.agreed.capabilities()})
 	rd.flush()
 	if h.healthcheck {
@@ -532,7 +540,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 		return errTaken
 	}
 	rd.calls++
-	rd.out = appendAck(rd.out, flagFIN, j.ids, j.actions.buf, c.workers.faultVars[j.fault])
+	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
 	if c.pace.slow {
 		rd.endBatch()
@@ -569,7 +577,7 @@ func (rd *reader) fragment() error {
 	case err != nil:
 		return err
 	case result == tooLong:
-		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.ids, c.agent.faultVars[faultError])
+		rd.out = appendAck(rd.out, flagFIN|flagAbort, f.ids, c.agent.faultActions[FaultError])
 	case result == complete:
 		c.notifyStart = 0
 		return rd.notify(payload, true)

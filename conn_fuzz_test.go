@@ -251,7 +251,7 @@ func play(t *testing.T, setup, step byte, said []byte) {
 	want := talk{pipelining: true, frameSize: ownFrameSize}
 	ended := make(chan error, 1)
 	opts := []Option{
-		WithLogger(log.NewNopLogger()), WithMaxFrameSize(ownFrameSize), WithPipelining(4), WithFaultVar(ScopeTxn, "fault"),
+		WithLogger(log.NewNopLogger()), WithMaxFrameSize(ownFrameSize), WithPipelining(4), faultText(ScopeTxn, "fault"),
 		WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { ended <- err }}),
 		WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic("out of cheese") }),
 		WithHandlerFunc("exit", func(context.Context, *Message, *Actions) error { runtime.Goexit(); return nil }),

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/go-kit/log"
@@ -19,6 +20,8 @@ type Option func(*options)
 type options struct {
 	handlers       map[string]Handler
 	fallback       Handler
+	timeouts       map[string]time.Duration // of the messages that have one of their own
+	middleware     []func(Handler) Handler
 	workers        int
 	pipelining     int
 	async          bool
@@ -30,7 +33,9 @@ type options struct {
 	idleTimeout    time.Duration
 	writeTimeout   time.Duration
 	handlerTimeout time.Duration
-	faultVars      [faultCount][]byte // the action that tells of each fault; nil: none
+	faultVars      []faultVar
+	faultFuncs     bool               // one of them depends on the error
+	faultActions   [faultCount][]byte // the variables of each fault, as actions
 	logger         log.Logger
 	debug          bool
 	hooks          Hooks
@@ -55,7 +60,27 @@ func newOptions(opts []Option) *options {
 		}
 		opt(o)
 	}
+	for name, h := range o.handlers {
+		o.handlers[name] = o.wrap(h)
+	}
+	if o.fallback != nil {
+		o.fallback = o.wrap(o.fallback)
+	}
+	o.prepareFaults()
 	return o
+}
+
+// wrap returns h within the middleware.
+func (o *options) wrap(h Handler) Handler {
+	for _, mw := range slices.Backward(o.middleware) {
+		next := mw(h)
+		if next == nil {
+			o.bad("WithMiddleware: returned nil")
+			return h
+		}
+		h = next
+	}
+	return h
 }
 
 func (o *options) bad(format string, args ...any) {
@@ -79,38 +104,82 @@ func atLeast[N int | time.Duration](o *options, option string, n, least N) {
 // maxTimeout is as good as none; sums with it don't overflow.
 const maxTimeout = 100 * 365 * 24 * time.Hour
 
-// timeout returns d, of which it notes if it is too short.
+// timeout returns d, and notes a bad option if that is less than least.
 func (o *options) timeout(option string, d, least time.Duration) time.Duration {
 	atLeast(o, option, d, least)
 	return min(d, maxTimeout)
 }
 
-// WithHandler has h answer the messages of that name: the name of the
+// WithHandler makes h answer the messages of that name: the name of the
 // spoe-message section in HAProxy's configuration. Each name has one handler.
-func WithHandler(message string, h Handler) Option {
+func WithHandler(message string, h Handler, opts ...HandlerOption) Option {
 	return func(o *options) {
-		f, isFunc := h.(HandlerFunc)
 		switch _, dup := o.handlers[message]; {
 		case message == "":
 			o.bad("WithHandler: empty message name")
-		case h == nil || isFunc && f == nil:
+		case isNil(h):
 			o.bad("WithHandler(%q): nil handler", message)
 		case dup:
 			o.bad("WithHandler(%q): second handler of that name", message)
 		default:
 			o.handlers[message] = h
 		}
+		for _, opt := range opts {
+			if opt == nil {
+				o.bad("WithHandler(%q): nil option", message)
+				continue
+			}
+			opt(o, message)
+		}
 	}
 }
 
 // WithHandlerFunc is WithHandler for a function.
-func WithHandlerFunc(message string, f HandlerFunc) Option { return WithHandler(message, f) }
+func WithHandlerFunc(message string, f HandlerFunc, opts ...HandlerOption) Option {
+	return WithHandler(message, f, opts...)
+}
 
-// WithFallback has h answer the messages that no other handler is for. Without
+func isNil(h Handler) bool {
+	f, isFunc := h.(HandlerFunc)
+	return h == nil || isFunc && f == nil
+}
+
+// HandlerOption is an option of WithHandler.
+type HandlerOption func(o *options, message string)
+
+// Timeout sets a handler timeout for one kind of message, in place of that of
+// WithHandlerTimeout: a millisecond or more. A NOTIFY with messages of several
+// kinds has the longest of their timeouts, none if one of them has none.
+func Timeout(d time.Duration) HandlerOption {
+	return func(o *options, message string) {
+		if o.timeouts == nil {
+			o.timeouts = make(map[string]time.Duration)
+		}
+		o.timeouts[message] = o.timeout("Timeout", d, time.Millisecond)
+	}
+}
+
+// WithMiddleware wraps every handler, also that of WithFallback, in mw, for what
+// all have in common: tracing, authorization, a deadline. Of several the first is
+// the outermost. It is called by New; a message that no handler is for does not
+// pass through it.
+func WithMiddleware(mw ...func(Handler) Handler) Option {
+	return func(o *options) {
+		for _, m := range mw {
+			if m == nil {
+				o.bad("WithMiddleware: nil function")
+				continue
+			}
+			o.middleware = append(o.middleware, m)
+		}
+	}
+}
+
+// WithFallback makes h answer the messages that no other handler is for. Without
 // it they get no action, and the log says so once per name.
 func WithFallback(h Handler) Option {
 	return func(o *options) {
-		if f, isFunc := h.(HandlerFunc); h == nil || isFunc && f == nil {
+		if isNil(h) {
 			o.bad("WithFallback: nil handler")
 			return
 		}
@@ -118,8 +187,10 @@ func WithFallback(h Handler) Option {
 	}
 }
 
-// WithWorkers bounds how many handlers of the agent run at once, 256 by
-// default. Beyond that NOTIFYs wait, shared fairly between the connections.
+// WithWorkers bounds how many handlers of the agent run at once: 1 or more, 256 by
+// default. Beyond that NOTIFYs wait, and connections take turns. A handler that
+// is late goes on counting until it returns. Goroutines are started as needed,
+// none in advance.
 func WithWorkers(n int) Option {
 	return func(o *options) {
 		atLeast(o, "WithWorkers", n, 1)
@@ -127,24 +198,29 @@ func WithWorkers(n int) Option {
 	}
 }
 
-// WithPipelining sets how many NOTIFYs of one connection may be waiting for
-// their ACK, 32 by default; HAProxy uses up to 20. Beyond that the connection
-// is not read. With n of 1 or less the capability is not announced, and HAProxy
-// sends one at a time.
+// WithPipelining sets how many NOTIFYs of one connection may wait for their ACK,
+// 32 by default; HAProxy uses up to 20. Beyond that the connection is not read.
+// With n of 1 or less the capability pipelining is not announced (SPOE.txt 3.2.1),
+// and HAProxy sends one at a time. There is no upper bound to n, but one of
+// memory: a connection with 1 MiB of NOTIFYs in flight, or an agent with 64 MiB,
+// reads no more until some are answered.
 func WithPipelining(n int) Option {
 	return func(o *options) { o.pipelining = max(n, 1) }
 }
 
-// WithAsync announces the capability async to a HAProxy that offers it and has
-// an engine-id (HAProxy up to 3.0). An ACK still leaves on the connection of its
-// NOTIFY; if that has gone, by another one of the same engine-id and Serve.
+// WithAsync announces the capability async (SPOE.txt 3.2.1) to a HAProxy that
+// offers it and has an engine-id, which is HAProxy up to 3.0. An ACK still leaves
+// on the connection of its NOTIFY; if that was lost, by another one of the same
+// engine-id and Serve.
 func WithAsync() Option {
 	return func(o *options) { o.async = true }
 }
 
 // WithFragmentation announces the capability fragmentation and reassembles
-// NOTIFYs that HAProxy (up to 3.0) sends in several frames, up to max bytes
-// each. A longer one is refused with an ACK that carries ABORT.
+// NOTIFYs that HAProxy (up to 3.0) sends in several frames (SPOE.txt 3.3). Max is
+// the size of a NOTIFY in bytes: 256 or more. A longer one is refused with an ACK
+// that carries ABORT; one that is not complete within WithHelloTimeout ends its
+// connection. A connection may take up to max bytes of memory beside others.
 func WithFragmentation(max int) Option {
 	return func(o *options) {
 		atLeast(o, "WithFragmentation", max, minFrameSize)
@@ -152,9 +228,10 @@ func WithFragmentation(max int) Option {
 	}
 }
 
-// WithMaxFrameSize sets the upper bound in the negotiation of the frame size,
-// in bytes without the length field: 256 or more, 65535 by default. HAProxy
-// offers its tune.bufsize less 4.
+// WithMaxFrameSize sets the upper bound in the negotiation of the frame size
+// (SPOE.txt 3.2.4, 3.2.5), in bytes without the length field: from 256 to 1<<28,
+// 65535 by default. HAProxy offers its tune.bufsize less 4. A connection's buffer
+// grows to the largest frame that was received, and shrinks when it is idle.
 func WithMaxFrameSize(n int) Option {
 	return func(o *options) {
 		atLeast(o, "WithMaxFrameSize", n, minFrameSize)
@@ -179,8 +256,8 @@ func WithMaxConns(n int) Option {
 	}
 }
 
-// WithRotation closes a connection after that many NOTIFYs, as soon as none is
-// in flight. HAProxy may lose the request that it sends at that very moment, so
+// WithRotation closes a connection after that many NOTIFYs, 1 or more, as soon as
+// none is in flight. HAProxy may lose the request that it sends at that very moment, so
 // this is off by default.
 func WithRotation(notifies int) Option {
 	return func(o *options) {
@@ -189,17 +266,18 @@ func WithRotation(notifies int) Option {
 	}
 }
 
-// WithHelloTimeout sets how long a peer may take for its HELLO, and for any
-// later frame once that has begun: 10 s by default.
+// WithHelloTimeout sets how long a peer may take for its HELLO, and for any later
+// frame or fragmented NOTIFY once that has begun: more than 0, 10 s by default. A
+// peer that takes longer is sent an AGENT-DISCONNECT with StatusTimeout.
 func WithHelloTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.helloTimeout = o.timeout("WithHelloTimeout", d, 1)
 	}
 }
 
-// WithIdleTimeout closes connections on which nothing has come for that long
-// and nothing is in flight. Off by default: HAProxy's connections are idle when
-// its clients are.
+// WithIdleTimeout closes a connection that has received nothing for that long and
+// has nothing in flight, with StatusTimeout. It is off by default: HAProxy's
+// connections are idle when its clients are.
 func WithIdleTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.idleTimeout = o.timeout("WithIdleTimeout", d, 1)
@@ -207,47 +285,158 @@ func WithIdleTimeout(d time.Duration) Option {
 }
 
 // WithWriteTimeout sets how long a peer may leave an ACK unread before its
-// connection is closed, within a quarter: 10 s by default.
+// connection is closed: more than 0, 10 s by default. It may take a quarter
+// longer.
 func WithWriteTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.writeTimeout = o.timeout("WithWriteTimeout", d, 1)
 	}
 }
 
-// WithHandlerTimeout sets how long after its arrival a NOTIFY is answered at
-// the latest, within about 2 ms, also if its handler goes on: a little less than
-// HAProxy's `timeout processing`. The handler's context has that deadline. The
-// actions of the messages already done are sent, those that a late handler sets
-// are dropped. A NOTIFY whose turn comes only after that time is answered
-// without a call of its handler. Off by default.
+// WithHandlerTimeout sets how long after its arrival a NOTIFY is answered at the
+// latest, within about 2 ms, even if its handler goes on. It is a millisecond or
+// more and should be a little less than HAProxy's `timeout processing`. It is off
+// by default. WithHandler takes a Timeout for one kind of message.
+//
+// The handler's context has that deadline. The actions of messages that are done
+// are sent; those of the late handler are not, and it counts as one of
+// WithWorkers until it returns. A NOTIFY whose turn comes only after that time is
+// answered without a call of its handler. With a timeout a NOTIFY costs an
+// allocation, for its context.
 func WithHandlerTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.handlerTimeout = o.timeout("WithHandlerTimeout", d, time.Millisecond)
 	}
 }
 
-// maxFaultVar also leaves room for other actions in the smallest frame.
-const maxFaultVar = 63
+const (
+	maxFaultName    = 63  // bytes, HAProxy's own limit
+	maxFaultText    = 128 // bytes of a string
+	maxFaultActions = 200 // bytes of all variables together: less than the smallest frame
+)
 
-// WithFaultVar has an ACK whose handler failed set this variable to "error",
-// "panic", "timeout" or "overload". It is absent from others. HAProxy takes
-// names of up to 63 bytes, scope and var-prefix included.
-func WithFaultVar(s Scope, name string) Option {
+// WithFaultVar makes the agent set a variable to v in the ACK of a NOTIFY that
+// has one of these faults, of any kind if none is given. Other ACKs do not set
+// it. It may be given several times, for several variables.
+//
+// Rules that HAProxy's documentation and agents' examples show test an integer,
+// since `option set-on-error` sets one: give them
+//
+//	spoa.WithFaultVar(spoa.ScopeTxn, "error", spoa.Int(255))
+//
+// with `http-request deny if { var(txn.iprep.error) -m int gt 0 }`. A string there
+// lets the request pass.
+//
+// The name may have up to 63 bytes; HAProxy's limit of 63 counts scope and
+// var-prefix too. A NOTIFY with several faults has the first one's variables. If
+// they do not fit into the frame beside other actions, those are left out.
+func WithFaultVar(s Scope, name string, v Value, faults ...Fault) Option {
+	v = v.Clone()
 	return func(o *options) {
-		if len(name) > maxFaultVar {
-			o.bad("WithFaultVar: name of %d bytes: want at most %d", len(name), maxFaultVar)
+		if v.kind == KindNull {
+			o.bad("WithFaultVar(%v, %q): want a value, have NULL", s, name)
 			return
 		}
-		for f := faultNone + 1; f < faultCount; f++ {
-			var a Actions
-			a.SetVar(s, name, String(f.String()))
-			if a.err != nil {
-				o.bad("WithFaultVar: %v", a.err)
-				return
+		if len(v.s) > maxFaultText {
+			o.bad("WithFaultVar(%v, %q): value of %d bytes: want at most %d", s, name, len(v.s), maxFaultText)
+			return
+		}
+		for _, f := range faults {
+			if f == 0 || f >= faultCount {
+				o.bad("WithFaultVar(%v, %q): no such fault: %v", s, name, f)
 			}
-			o.faultVars[f] = a.buf
+		}
+		o.addFaultVar("WithFaultVar", faultVar{s, name, func(f Fault, _ error) Value {
+			if len(faults) > 0 && !slices.Contains(faults, f) {
+				return Value{}
+			}
+			return v
+		}})
+	}
+}
+
+// WithFaultFunc is WithFaultVar with a value that depends on the fault: f is
+// called with its kind and the error that Hooks report. The variable is not set
+// if f returns NULL. A string is cut to 128 bytes. F may be called by several
+// goroutines at once; it is also called by New, for the faults whose error is
+// always the same.
+func WithFaultFunc(s Scope, name string, f func(Fault, error) Value) Option {
+	return func(o *options) {
+		if f == nil {
+			o.bad("WithFaultFunc(%v, %q): nil function", s, name)
+			return
+		}
+		o.faultFuncs = true
+		o.addFaultVar("WithFaultFunc", faultVar{s, name, f})
+	}
+}
+
+// faultVar is a variable that is set in the ACK of a NOTIFY with a fault.
+type faultVar struct {
+	scope Scope
+	name  string
+	value func(Fault, error) Value
+}
+
+func (o *options) addFaultVar(option string, v faultVar) {
+	var a Actions
+	a.UnsetVar(v.scope, v.name)
+	switch {
+	case a.err != nil:
+		o.bad("%s: %v", option, a.err)
+	case len(v.name) > maxFaultName:
+		o.bad("%s: name of %d bytes: want at most %d", option, len(v.name), maxFaultName)
+	default:
+		o.faultVars = append(o.faultVars, v)
+	}
+}
+
+// faultErrors are the errors of faults that have always the same, and stand for
+// those of the others.
+var faultErrors = [faultCount]error{
+	FaultError:     errors.New("spoa: handler failed"),
+	FaultPanic:     &PanicError{Value: "panic"},
+	FaultTimeout:   context.DeadlineExceeded,
+	FaultOverload:  ErrOverload,
+	FaultNoHandler: ErrNoHandler,
+}
+
+// prepareFaults computes the actions of each fault, for the errors that are known
+// in advance.
+func (o *options) prepareFaults() {
+	for f := FaultError; f < faultCount; f++ {
+		o.faultActions[f] = o.newFaultActions(f, faultErrors[f], maxFaultActions)
+	}
+}
+
+// newFaultActions returns the actions that set the variables of a fault. They take
+// up to size bytes.
+func (o *options) newFaultActions(f Fault, err error, size int) []byte {
+	a := Actions{max: size}
+	for _, v := range o.faultVars {
+		if value := v.valueOf(f, err); value.kind != KindNull {
+			a.SetVar(v.scope, v.name, value)
 		}
 	}
+	if a.err != nil && size == maxFaultActions {
+		o.bad("WithFaultVar: %d bytes are too few for the variables of fault %v: %v", size, f, a.err)
+	}
+	return a.buf
+}
+
+// valueOf returns the value for a fault. If the user's function panics it is the
+// name of the fault.
+func (v *faultVar) valueOf(f Fault, err error) (value Value) {
+	defer func() {
+		if recover() != nil {
+			value = String(f.String())
+		}
+	}()
+	value = v.value(f, err)
+	if value.isText() && len(value.s) > maxFaultText {
+		value.s = value.s[:maxFaultText]
+	}
+	return value
 }
 
 // WithSlog makes the agent log to l. Levels are slog's; addresses, errors and
@@ -337,38 +526,55 @@ func WithLogger(l log.Logger) Option {
 	}
 }
 
-// WithDebug logs every frame in readable form, at level debug.
+// WithDebug logs every frame in readable form, at level debug. The logger must let
+// that level through, which the default does not.
 func WithDebug(on bool) Option {
 	return func(o *options) { o.debug = on }
 }
 
-// WithHooks sets functions that are called as things happen.
+// WithHooks sets functions that are called as things happen. It replaces those of
+// an earlier WithHooks.
 func WithHooks(h Hooks) Option {
 	return func(o *options) { o.hooks = h }
 }
 
-// Hooks are called as things happen, to count them or to trace them. Each may
-// be nil. They are called by many goroutines at once, must not block, and must
-// not call the agent's Shutdown.
+// Hooks are called as things happen, to count them or to trace them. Each may be
+// nil. They are called by many goroutines at once: ConnOpened by the one that
+// accepts connections, the others by the one that serves a connection, or by a
+// worker's. While a hook runs, that goroutine does nothing else, so it must not
+// block. It may call the agent's methods, but for Serve and Shutdown.
 type Hooks struct {
 	// ConnOpened: a connection was accepted. Only its Addr is known yet.
 	ConnOpened func(p Peer)
 
-	// ConnClosed: it has ended, with what its HELLO said if it had one. The
-	// error is nil if it just ended, a *DisconnectError if either side said
-	// why.
+	// ConnClosed: a connection has ended. The error is nil if the peer closed
+	// it, or the agent did without a fault; it is a *DisconnectError if either
+	// side sent a reason.
 	ConnClosed func(p Peer, err error)
 
-	// Handled: a message was dealt with, in that time. The error is the
-	// handler's, a *PanicError, ErrNoHandler, ErrOverload if it was not called
-	// for want of time, or context.DeadlineExceeded if it returned too late.
+	// Handled: a message was handled, in that time. The error is the handler's,
+	// a *PanicError, ErrNoHandler, ErrOverload if its turn came too late, or
+	// context.DeadlineExceeded if it returned too late.
 	Handled func(message string, took time.Duration, err error)
+
+	// Message: the same, with all there is to know.
+	Message func(e MessageEvent)
+}
+
+// MessageEvent is how a message was handled.
+type MessageEvent struct {
+	Message string        // its name, which the peer chose
+	Peer    Peer          // of its connection
+	Took    time.Duration // by the handler's call; 0 if there was none
+	Err     error         // as Hooks.Handled has it
+	Fault   Fault         // what WithFaultVar sends for Err; 0 if that is nil
+	Late    bool          // the answer had left when the handler returned
 }
 
 // Peer is the other end of a connection.
 type Peer struct {
 	Addr         net.Addr
-	EngineID     string // of its HELLO, empty if it had none
+	EngineID     string // of its HELLO, empty if it had none; any bytes, up to a frame
 	Capabilities string // those agreed on, a comma list
 	FrameSize    int    // the one agreed on; 0 before the HELLO
 	HealthCheck  bool   // the HELLO was a health check

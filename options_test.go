@@ -4,9 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"net"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -15,6 +19,11 @@ import (
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
 )
+
+// faultText sets a variable to the name of the fault.
+func faultText(s Scope, name string) Option {
+	return WithFaultFunc(s, name, func(f Fault, _ error) Value { return String(f.String()) })
+}
 
 func TestBadOptions(t *testing.T) {
 	h := HandlerFunc(numbered)
@@ -44,10 +53,27 @@ func TestBadOptions(t *testing.T) {
 		{"WithWriteTimeout(0s)", WithWriteTimeout(0)},
 		{"WithWriteTimeout(-2562047h47m16.854775808s)", WithWriteTimeout(math.MinInt64)},
 		{"WithHandlerTimeout(999.999µs)", WithHandlerTimeout(time.Millisecond - 1)},
-		{"WithFaultVar", WithFaultVar(ScopeTxn, "")},
-		{"WithFaultVar", WithFaultVar(ScopeRes+1, "v")},
-		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 64))},
-		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 1000))},
+		{"WithFaultVar", WithFaultVar(ScopeTxn, "", Int(1))},
+		{"WithFaultVar", WithFaultVar(ScopeRes+1, "v", Int(1))},
+		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 64), Int(1))},
+		{"WithFaultVar", WithFaultVar(ScopeTxn, strings.Repeat("v", 1000), Int(1))},
+		{"WithFaultVar(txn, \"v\")", WithFaultVar(ScopeTxn, "v", Value{})},
+		{"WithFaultVar(txn, \"v\"): no such fault: none", WithFaultVar(ScopeTxn, "v", Int(1), 0)},
+		{"WithFaultVar(txn, \"v\"): no such fault: fault 6", WithFaultVar(ScopeTxn, "v", Int(1), FaultError, faultCount)},
+		{"WithFaultVar(txn, \"v\"): value of 129 bytes", WithFaultVar(ScopeTxn, "v", String(strings.Repeat("v", 129)))},
+		{"200 bytes are too few for the variables of fault panic", func(o *options) {
+			for _, name := range []string{"v", "w"} {
+				WithFaultVar(ScopeTxn, name, String(strings.Repeat("v", 128)), FaultPanic)(o)
+			}
+		}},
+		{"WithMiddleware: returned nil", func(o *options) {
+			WithHandler("wrapped", h)(o)
+			WithMiddleware(func(Handler) Handler { return nil })(o)
+		}},
+		{"WithFaultFunc(txn, \"v\")", WithFaultFunc(ScopeTxn, "v", nil)},
+		{"WithMiddleware", WithMiddleware(nil)},
+		{"WithHandler(\"option\")", WithHandler("option", h, nil)},
+		{"Timeout(0s)", WithHandler("timeout", h, Timeout(0))},
 		{"WithLogger", WithLogger(nil)},
 		{"WithSlog", WithSlog(nil)},
 		{"option 1 is nil", nil},
@@ -170,7 +196,7 @@ func TestHandlersByName(t *testing.T) {
 func TestFaultVar(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := []Option{
-			WithWorkers(1), WithHandlerTimeout(100 * time.Millisecond), WithFaultVar(ScopeTxn, "fault"),
+			WithWorkers(1), WithHandlerTimeout(100 * time.Millisecond), faultText(ScopeTxn, "fault"), WithSlog(slog.New(slog.DiscardHandler)),
 			withNumbered(),
 			WithHandlerFunc("error", func(context.Context, *Message, *Actions) error { return errors.New("out of cheese") }),
 			WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic("out of cheese") }),
@@ -193,7 +219,7 @@ func TestFaultVar(t *testing.T) {
 				t.Errorf("want %s, have %s", want, have)
 			}
 		}
-		for _, fault := range []string{"error", "panic", "timeout"} {
+		for _, fault := range []string{"error", "panic", "no-handler", "timeout"} {
 			notify(fault)
 			want(fault)
 		}
@@ -202,6 +228,263 @@ func TestFaultVar(t *testing.T) {
 		<-time.After(2 * time.Second)
 		h.wantAnswers() // no fault, no variable
 	})
+}
+
+// A fault is told in the terms of the rules that look for it.
+func TestFaultVars(t *testing.T) {
+	large := errors.New(strings.Repeat("x", 1000))
+	opts := []Option{
+		WithFaultVar(ScopeTxn, "error", Int(255)),
+		WithFaultVar(ScopeSess, "failed", Bool(true), FaultError, FaultNoHandler),
+		WithFaultFunc(ScopeTxn, "why", func(f Fault, err error) Value {
+			switch {
+			case f == FaultPanic:
+				panic("in the function, too")
+			case f == FaultNoHandler:
+				return Value{}
+			}
+			return String(err.Error())
+		}),
+		WithHandlerFunc("error", func(_ context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeTxn, "lost", Int(1))
+			return errors.New("out of cheese")
+		}),
+		WithHandlerFunc("large", func(context.Context, *Message, *Actions) error { return large }),
+		WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic("out of cheese") }),
+		WithHandlerFunc("keep", func(_ context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeTxn, "kept", Int(1))
+			a.Keep()
+			a.SetVar(ScopeTxn, "lost", Int(1))
+			if m.Len() > 0 {
+				panic("after Keep")
+			}
+			return errors.New("kept")
+		}),
+		WithHandlerFunc("fill", func(_ context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeTxn, "fill", String(strings.Repeat("x", 220)))
+			return nil
+		}),
+		WithSlog(slog.New(slog.DiscardHandler)),
+	}
+	_, ln := startMem(t, opts...)
+	h := ln.dial(t)
+	offer := offered
+	offer.frameSize = 256
+	h.helloAs(offer)
+	const error255, failed = " set-var txn.error int64 255", " set-var sess.failed bool true"
+	const kept = " set-var txn.kept int64 1"
+	for _, tt := range []struct {
+		messages string
+		want     string
+	}{
+		{"error", error255 + failed + " set-var txn.why string out of cheese"},
+		{"panic", error255 + " set-var txn.why string panic"},
+		{"none", error255 + failed},
+		{"large", error255 + failed + " set-var txn.why string " + strings.Repeat("x", maxFaultText)},
+		{"fill", " set-var txn.fill string " + strings.Repeat("x", 220)},
+		{"none error", error255 + failed},
+		{"fill error", error255 + failed + " set-var txn.why string out of cheese"}, // no room for both
+		{"keep", kept + error255 + failed + " set-var txn.why string kept"},
+		{"keep=1", kept + error255 + " set-var txn.why string panic"},
+	} {
+		var payload []byte
+		for name := range strings.SplitSeq(tt.messages, " ") {
+			if name, ok := strings.CutSuffix(name, "=1"); ok {
+				payload = appendMessage(payload, NewMessage(name, Arg{"", Int(1)}))
+				continue
+			}
+			payload = appendMessage(payload, NewMessage(name))
+		}
+		h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(payload)))
+		if have := inWordsFrame(h.want(frameAck)); "ACK 1:1"+tt.want != have {
+			t.Errorf("%s: want%s, have %s", tt.messages, tt.want, have)
+		}
+	}
+}
+
+// Messages of a NOTIFY see and take back what earlier ones have set; a failure
+// brings it back.
+func TestDrop(t *testing.T) {
+	opts := []Option{
+		WithHandlerFunc("set", func(_ context.Context, m *Message, a *Actions) error {
+			a.SetVar(ScopeTxn, "v", Int(1))
+			a.SetVar(ScopeTxn, "w", Int(2))
+			a.UnsetVar(ScopeTxn, "v")
+			return nil
+		}),
+		WithHandlerFunc("drop", func(_ context.Context, m *Message, a *Actions) error {
+			w, ok := a.Lookup(ScopeTxn, "w")
+			if !a.Drop(ScopeTxn, "v") || a.Drop(ScopeTxn, "v") || a.Drop(ScopeSess, "w") || !ok || !w.Equal(Int(2)) {
+				t.Errorf("want v dropped once, have actions %v", slices.Collect(a.All()))
+			}
+			a.SetVar(ScopeTxn, "v", Int(3))
+			if m.Len() > 0 {
+				return errors.New("failed")
+			}
+			return nil
+		}),
+		WithSlog(slog.New(slog.DiscardHandler)),
+	}
+	_, ln := startMem(t, opts...)
+	h := ln.dial(t)
+	h.hello()
+	for _, tt := range []struct {
+		drop *Message
+		want string
+	}{
+		{NewMessage("drop"), "set-var txn.w int64 2 set-var txn.v int64 3"},
+		{NewMessage("drop", Arg{"", Int(1)}), "set-var txn.v int64 1 set-var txn.w int64 2 unset-var txn.v"},
+	} {
+		payload := appendMessage(appendMessage(nil, NewMessage("set")), tt.drop)
+		h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(payload)))
+		if have := inWordsFrame(h.want(frameAck)); "ACK 1:1 "+tt.want != have {
+			t.Errorf("want %s, have %s", tt.want, have)
+		}
+	}
+}
+
+func TestMiddleware(t *testing.T) {
+	sign := func(mark string) func(Handler) Handler {
+		return func(next Handler) Handler {
+			return HandlerFunc(func(ctx context.Context, m *Message, a *Actions) error {
+				a.SetVar(ScopeTxn, mark, String(m.Name()))
+				return next.ServeSPOE(ctx, m, a)
+			})
+		}
+	}
+	nothing := func(context.Context, *Message, *Actions) error { return nil }
+	_, ln := startMem(t, WithMiddleware(sign("a"), sign("b")), WithHandlerFunc("one", nothing), WithFallback(HandlerFunc(nothing)), WithMiddleware(sign("c")))
+	h := ln.dial(t)
+	h.hello()
+	for _, name := range []string{"one", "other"} {
+		h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(name)))))
+		want := fmt.Sprintf("ACK 1:1 set-var txn.a string %[1]s set-var txn.b string %[1]s set-var txn.c string %[1]s", name)
+		if have := inWordsFrame(h.want(frameAck)); want != have {
+			t.Errorf("want %s, have %s", want, have)
+		}
+	}
+}
+
+// Each kind of message has its own timeout, and a NOTIFY the longest of its
+// messages'.
+func TestMessageTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hang := func(ctx context.Context, m *Message, a *Actions) error {
+			<-ctx.Done()
+			return nil
+		}
+		_, ln := startMem(t, WithHandlerTimeout(10*time.Millisecond), WithHandlerFunc("quick", hang),
+			WithHandlerFunc("slow", hang, Timeout(5*time.Second)), WithHandlerFunc("done", numbered, Timeout(time.Minute)),
+			faultText(ScopeTxn, "fault"), WithSlog(slog.New(slog.DiscardHandler)))
+		h := ln.dial(t)
+		h.hello()
+		for _, tt := range []struct {
+			messages []string
+			want     time.Duration
+		}{
+			{[]string{"quick"}, 10 * time.Millisecond},
+			{[]string{"slow"}, 5 * time.Second},
+			{[]string{"slow", "quick"}, 5 * time.Second},
+			{[]string{"none", "quick"}, 10 * time.Millisecond},
+			{[]string{"quick", "none", "slow"}, 5 * time.Second},
+		} {
+			var payload []byte
+			for _, name := range tt.messages {
+				payload = appendMessage(payload, NewMessage(name))
+			}
+			began := time.Now()
+			h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(payload)))
+			h.want(frameAck)
+			if took := time.Since(began); took < tt.want || took > tt.want+3*tick {
+				t.Errorf("%v: want an answer after %v, have it after %v", tt.messages, tt.want, took)
+			}
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		hang := func(ctx context.Context, m *Message, a *Actions) error {
+			if _, ok := ctx.Deadline(); ok != (m.Name() == "slow") {
+				t.Errorf("%s: want a deadline for slow alone, have %v", m.Name(), ok)
+			}
+			return nil
+		}
+		_, ln := startMem(t, WithHandlerFunc("endless", hang), WithHandlerFunc("slow", hang, Timeout(5*time.Second)))
+		h := ln.dial(t)
+		h.hello()
+		for _, name := range []string{"endless", "slow"} {
+			h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(name)))))
+			h.want(frameAck)
+		}
+	})
+}
+
+// Once its context is done, nothing that a handler sets is sent: it can rely on
+// that for what it keeps.
+func TestContextDone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limit := 10 * time.Millisecond
+		events := make(chan MessageEvent, 1)
+		_, ln := startMem(t, WithHandlerTimeout(limit), WithHooks(Hooks{Message: func(e MessageEvent) { events <- e }}), WithSlog(slog.New(slog.DiscardHandler)),
+			WithHandlerFunc("late", func(ctx context.Context, m *Message, a *Actions) error {
+				for ctx.Err() == nil { // by the clock, which may be before the watch looks
+					time.Sleep(100 * time.Microsecond)
+				}
+				a.SetVar(ScopeTxn, "v", Int(1))
+				return nil
+			}))
+		h := ln.dial(t)
+		h.hello()
+		for range 20 {
+			h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage("late")))))
+			if want, have := "ACK 1:1", inWordsFrame(h.want(frameAck)); want != have {
+				t.Errorf("want %s, have %s", want, have)
+			}
+			if e := <-events; !e.Late || e.Fault != FaultTimeout || e.Err != context.DeadlineExceeded {
+				t.Errorf("want it late, have %+v", e)
+			}
+			time.Sleep(300 * time.Microsecond)
+		}
+	})
+}
+
+func TestMessageHook(t *testing.T) {
+	own := errors.New("own")
+	events := make(chan MessageEvent, 1)
+	peers := make(chan Peer, 1)
+	opts := []Option{
+		WithHooks(Hooks{Message: func(e MessageEvent) { events <- e }}),
+		WithHandlerFunc("good", func(_ context.Context, m *Message, _ *Actions) error {
+			peers <- m.Peer()
+			return nil
+		}),
+		WithHandlerFunc("error", func(context.Context, *Message, *Actions) error { return own }),
+		WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic(own) }),
+		WithSlog(slog.New(slog.DiscardHandler)),
+	}
+	_, ln := startMem(t, opts...)
+	h := ln.dial(t)
+	h.hello()
+	for _, tt := range []struct {
+		message string
+		fault   Fault
+		err     error
+	}{
+		{"good", 0, nil},
+		{"error", FaultError, own},
+		{"panic", FaultPanic, own},
+		{"none", FaultNoHandler, ErrNoHandler},
+	} {
+		h.send(rawFrame(frameNotify, flagFIN, 1, 1, string(appendMessage(nil, NewMessage(tt.message)))))
+		h.want(frameAck)
+		e := receive(t, "an event", events)
+		if e.Message != tt.message || e.Fault != tt.fault || !errors.Is(e.Err, tt.err) || e.Late || e.Peer.EngineID != "engine" || e.Peer.Addr == nil {
+			t.Errorf("%s: want %v, %v, have %+v", tt.message, tt.fault, tt.err, e)
+		}
+		if tt.message == "good" {
+			if p := receive(t, "a peer", peers); p != e.Peer || p.FrameSize == 0 {
+				t.Errorf("want the message's peer the hook's, have %+v and %+v", p, e.Peer)
+			}
+		}
+	}
 }
 
 func TestDebug(t *testing.T) {
@@ -426,5 +709,26 @@ func TestDefaultLogger(t *testing.T) {
 	level.Error(o.logger).Log("msg", "error")
 	if want, have := `{"level":"WARN","msg":"warn"}`+"\n"+`{"level":"ERROR","msg":"error"}`+"\n", lines.String(); want != have {
 		t.Errorf("want\n%shave\n%s", want, have)
+	}
+}
+
+// The README's table names every option.
+func TestOptionTable(t *testing.T) {
+	source, err := os.ReadFile("options.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := regexp.MustCompile(`(?m)^func (With\w+)\(`).FindAllSubmatch(source, -1)
+	if len(options) < 20 {
+		t.Fatalf("want 20 options or more, have %d", len(options))
+	}
+	for _, o := range options {
+		if !regexp.MustCompile(`(?m)^\|.*` + "`" + string(o[1]) + `\b.*\|$`).Match(readme) {
+			t.Errorf("want %s in the table, have it not", o[1])
+		}
 	}
 }

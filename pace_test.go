@@ -308,7 +308,7 @@ func TestWorkersFlood(t *testing.T) {
 				a.SetVar(ScopeTxn, "whole", v)
 				return err
 			}
-			a, dial := startTCP(t, append(tt.opts, WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
+			a, dial := startTCP(t, append(tt.opts, faultText(ScopeTxn, "fault"), WithHandlerFunc("flood", flood))...)
 			var clients sync.WaitGroup
 			for range conns {
 				nc := dial()
@@ -708,7 +708,7 @@ func TestOverload(t *testing.T) {
 	capacity := workers * int(lasts/took)
 	every := lasts / time.Duration(5*capacity) // NOTIFYs come
 	var verdicts, overloads, late atomic.Int64
-	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"),
+	opts := []Option{WithWorkers(workers), WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"),
 		WithHandlerFunc("sleep", func(_ context.Context, _ *Message, a *Actions) error {
 			time.Sleep(took)
 			a.SetVar(ScopeTxn, "verdict", Bool(true))

@@ -22,7 +22,8 @@
 //
 // Every NOTIFY is answered by exactly one ACK, whatever its handler does.
 // [Agent.Shutdown] ends an agent without the loss of a request. What HAProxy
-// sends is in section 3 of its doc/SPOE.txt.
+// sends is in section 3 of https://github.com/haproxy/haproxy/blob/master/doc/SPOE.txt,
+// which the documentation here means by SPOE.txt.
 package spoa
 
 import (
@@ -161,6 +162,21 @@ func (a *Agent) Serve(nl net.Listener) error {
 	return err
 }
 
+// ListenAndServe listens on a network and address as net.Listen does, such as
+// "tcp" and "127.0.0.1:9000", or "unix" and a path, and calls Serve. For TLS call
+// Serve with the listener of tls.Listen. With the usual umask a unix socket is its
+// owner's alone; to share it call net.Listen, os.Chmod and Serve.
+func (a *Agent) ListenAndServe(network, address string) error {
+	if a.phase.Load() != serving {
+		return ErrAgentClosed
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return err
+	}
+	return a.Serve(l)
+}
+
 // ending forgets a listener that accepts no more, and reports whether the agent
 // is coming to its end.
 func (a *Agent) ending(l *listener) bool {
@@ -279,28 +295,33 @@ func (a *Agent) join(c *conn) {
 
 func isAck(frame []byte) bool { return frame[lengthSize] == frameAck }
 
-// Shutdown ends the agent without the loss of a request. From now on health
-// checks are refused, so that `option spop-check` takes the agent out, while
-// NOTIFYs are answered as ever, also on new connections. A connection on which
-// nothing is in flight and nothing has come for a second is closed with an
-// AGENT-DISCONNECT, but if health checks are seen, not before HAProxy has
-// missed three of them, and then only together with those in use. When none is
-// left, the listeners are closed. With nobody connected, and no health checks,
-// Shutdown returns at once.
+// Shutdown ends the agent without losing a request. It returns nil when that is
+// done.
 //
-// HAProxy up to 3.0 goes on using its connections to a server that is down. Then
-// answers are held back, for 50 ms at a time, until all who ask seem to wait, and
-// leave together with the AGENT-DISCONNECT. What HAProxy sends in that very
-// moment all the same is lost.
+// From now on health checks are refused, so that `option spop-check` makes
+// HAProxy use its other servers, while NOTIFYs are answered as before, also on
+// new connections. The connections of a HAProxy that sends health checks stay
+// open until it has missed three of them. Then they are closed together, each
+// with an AGENT-DISCONNECT. Other connections are closed when nothing was in
+// flight on them for a second. When no connection is left the listeners are
+// closed. With no connection, and no health checks of a HAProxy that has sent
+// NOTIFYs, Shutdown returns at once.
 //
-// If another process accepts from the same socket, or will soon, the listener
-// is to be closed once Shutdown has begun: then health checks are the other's,
-// and the listener's connections are closed in that manner at once.
+// HAProxy up to 3.0 goes on using its connections to a server that is down. So
+// while they are being closed answers are held back, for 50 ms at a time, until
+// everything that HAProxy wants to know is waiting for them; they leave in one
+// Write with the AGENT-DISCONNECT. A NOTIFY that HAProxy sends in that very
+// moment is lost all the same.
 //
-// Shortly before the deadline of ctx (a tenth of what is left, a second at
-// most) the listeners are closed, and within 100 ms reading ends, also if that
-// may cost requests; what is in flight is answered. When ctx is over, Shutdown
-// calls Close and returns the error of ctx.
+// If another process accepts connections from the same socket, close the
+// listener once Shutdown has begun. Then HAProxy's health checks reach the other
+// process, and the listener's connections are closed in that manner at once.
+//
+// Shortly before the deadline of ctx (a tenth of the time that is left, a second
+// at most) the listeners are closed, and within 100 ms nothing more is read,
+// even if requests are lost by it; what is in flight is answered. When ctx is
+// over, Shutdown calls Close and returns the error of ctx. Without a deadline it
+// waits for as long as handlers run and connections are in use.
 func (a *Agent) Shutdown(ctx context.Context) error {
 	a.advance(draining)
 	var last <-chan time.Time
@@ -327,16 +348,18 @@ func (a *Agent) Shutdown(ctx context.Context) error {
 }
 
 // Close ends the agent now: it cancels the contexts of the handlers and closes
-// listeners and connections. It does not wait for handlers.
+// listeners and connections. It waits for neither. It always returns nil, and
+// may be called more than once.
 func (a *Agent) Close() error {
 	a.advance(closed)
 	return nil
 }
 
-// Actor returns the agent as an actor of an oklog/run group. Its interrupt only
-// starts a Shutdown that may take as long as grace, so that it doesn't hold up
-// the other actors' interrupts; execute returns when that is through. The drain
-// has begun when interrupt returns.
+// Actor returns the agent as an actor of a group of github.com/oklog/run. Its
+// execute is Serve. A group calls interrupts one after another, so this one only
+// begins a Shutdown that may last as long as grace, and returns; execute returns
+// when that is done. An agent with several listeners is that many actors of one
+// group: Actor is called for each.
 func (a *Agent) Actor(l net.Listener, grace time.Duration) (execute func() error, interrupt func(error)) {
 	execute = func() error { return a.Serve(l) }
 	interrupt = func(error) {

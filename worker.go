@@ -19,16 +19,22 @@ import (
 // Handler answers one kind of message.
 //
 // ServeSPOE reads the arguments from m and adds the actions of its answer to a.
-// Neither may be used after it has returned: values that stay are copied first.
-// It is called by many goroutines at once, for one NOTIFY in the order of its
-// messages.
+// Neither may be used after it has returned: values that are kept must be copied
+// first. It is called by many goroutines at once.
 //
-// If it returns an error or panics, none of its own actions is sent; the NOTIFY
-// is answered all the same. A panic is recovered and logged.
+// The handlers of a NOTIFY are called one after the other, in the order of its
+// messages, and share its Actions: a handler sees what earlier ones have set, by
+// Actions.Lookup, and can remove it.
 //
-// The context is cancelled when the connection has gone or the agent is closed,
-// and has a deadline with WithHandlerTimeout. HAProxy doesn't tell when it has
-// given up on a request, so whatever may take long should have one.
+// If it returns an error or panics, none of its own actions is sent, except those
+// before a call of Actions.Keep; the NOTIFY is answered all the same, and
+// WithFaultVar says how. A panic is recovered and logged.
+//
+// The context is cancelled when the connection is lost or the agent is closed,
+// and has a deadline if there is a handler timeout. After the deadline no action
+// of the handler is sent, so a handler that keeps state for a later message should
+// look at ctx.Err before. HAProxy does not report that it has given up on a
+// request: what may take long needs a timeout.
 type Handler interface {
 	ServeSPOE(ctx context.Context, m *Message, a *Actions) error
 }
@@ -43,10 +49,11 @@ func (f HandlerFunc) ServeSPOE(ctx context.Context, m *Message, a *Actions) erro
 
 // PanicError is the error of a handler that panicked.
 type PanicError struct {
-	Value any
-	Stack []byte
+	Value any    // of the panic
+	Stack []byte // as runtime/debug.Stack returns it
 }
 
+// Error returns the value of the panic in words.
 func (e *PanicError) Error() string { return fmt.Sprintf("spoa: handler panicked: %v", e.Value) }
 
 // Unwrap returns the value of the panic, if that is an error.
@@ -55,7 +62,7 @@ func (e *PanicError) Unwrap() error {
 	return err
 }
 
-// What Hooks.Handled is told of a message that no handler was called for.
+// The errors of messages for which no handler was called, in Hooks.
 var (
 	ErrNoHandler = errors.New("spoa: no handler for this message")
 	ErrOverload  = errors.New("spoa: waited too long for its turn")
@@ -64,20 +71,40 @@ var (
 // errGoexit is the error of a handler that ended its goroutine.
 var errGoexit = errors.New("spoa: handler called runtime.Goexit")
 
-// faultKind is what WithFaultVar tells of.
-type faultKind uint8
+// Fault says why a message has not got the answer of its handler. The zero Fault
+// is none.
+type Fault uint8
 
+// The faults, which WithFaultVar reports to HAProxy.
 const (
-	faultNone faultKind = iota
-	faultError
-	faultPanic
-	faultTimeout
-	faultOverload
+	FaultError     Fault = iota + 1 // the handler returned an error, or Actions.Err
+	FaultPanic                      // it panicked
+	FaultTimeout                    // it was late, or returned context.DeadlineExceeded
+	FaultOverload                   // it was not called, because its turn came too late
+	FaultNoHandler                  // there is no handler for the message
 	faultCount
 )
 
-func (f faultKind) String() string {
-	return [...]string{"", "error", "panic", "timeout", "overload"}[f]
+var faultNames = [faultCount]string{"none", "error", "panic", "timeout", "overload", "no-handler"}
+
+// String returns error, panic, timeout, overload or no-handler.
+func (f Fault) String() string {
+	if f < faultCount {
+		return faultNames[f]
+	}
+	return fmt.Sprintf("fault %d", uint8(f))
+}
+
+// faultOf returns the fault of a handler that failed with err.
+func faultOf(err error) Fault {
+	var p *PanicError
+	switch {
+	case errors.As(err, &p):
+		return FaultPanic
+	case errors.Is(err, context.DeadlineExceeded):
+		return FaultTimeout
+	}
+	return FaultError
 }
 
 // job is a NOTIFY on its way from frame to ACK. It belongs to the goroutine
@@ -88,7 +115,9 @@ type job struct {
 	queue   *queue
 	ids     []byte // of the frame, as they came
 	actions Actions
-	fault   faultKind
+	fault   Fault
+	faulty  []byte        // the actions that tell of it
+	limit   time.Duration // the handler timeout; 0: none
 	buf     []byte        // what ids and the views point to, unless it is the reader's buffer
 	arrived time.Duration // since the workers' epoch
 	work    func()        // bound once, so that `go j.work()` allocates nothing
@@ -115,7 +144,7 @@ func newJob(q *queue) *job {
 		j = new(job)
 		j.work = j.run
 	}
-	j.queue, j.engine = q, q.engine
+	j.queue, j.peer = q, q.hello
 	return j
 }
 
@@ -129,15 +158,24 @@ func (j *job) run() {
 func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 	j.stream, j.id, j.ids = f.stream, f.id, ids
 	j.arrived, j.started = arrived, arrived
-	j.fault, j.ctx, j.done = faultNone, nil, nil
+	j.fault, j.faulty, j.ctx, j.done = 0, nil, nil, nil
 	j.finished, j.answered, j.warned = false, false, false
 	j.actions.buf, j.actions.max = j.actions.buf[:0], j.queue.ackSize-len(ids)
+}
+
+// decode decodes the payload of j's NOTIFY, which says how long it may take.
+func (j *job) decode(b []byte) error {
+	err := j.notify.decode(b)
+	if err == nil {
+		j.limit = j.queue.workers.limitOf(&j.notify)
+	}
+	return err
 }
 
 // shrink lets go of memory that is not used.
 func (j *job) shrink() {
 	j.release()
-	j.buf, j.actions.buf, j.ids = nil, nil, nil
+	j.buf, j.actions, j.ids = nil, Actions{}, nil
 }
 
 // recycle returns j to the pool.
@@ -150,7 +188,8 @@ func (j *job) recycle() {
 	if cap(j.actions.buf) > maxPooled {
 		j.actions.buf = nil
 	}
-	j.queue, j.ids, j.ctx, j.done = nil, nil, nil, nil
+	j.actions.before, j.actions.kept = nil, nil
+	j.queue, j.peer, j.ids, j.ctx, j.done, j.faulty = nil, nil, nil, nil, nil, nil
 	w.jobs.Put(j)
 }
 
@@ -190,7 +229,8 @@ type queue struct {
 	taker   taker       // the connection
 	ctx     context.Context
 	engine  string
-	ackSize int // what an ACK may hold besides its ids
+	hello   *Peer // as the HELLO said; it does not change
+	ackSize int   // what an ACK may hold besides its ids
 	pace    pace
 	turn    atomic.Pointer[turn] // of the current reader
 	watched atomic.Bool          // in workers.watched
@@ -336,6 +376,31 @@ func newWorkers(o *options) *workers {
 	return w
 }
 
+// anyTimeout reports whether a NOTIFY may have a handler timeout.
+func (w *workers) anyTimeout() bool { return w.handlerTimeout > 0 || w.timeouts != nil }
+
+// limitOf returns the handler timeout of a NOTIFY: the longest of its messages'.
+func (w *workers) limitOf(n *notify) time.Duration {
+	if w.timeouts == nil {
+		return w.handlerTimeout
+	}
+	longest := time.Duration(-1)
+	for name := range n.names() {
+		limit, ok := w.timeouts[name]
+		if !ok {
+			limit = w.handlerTimeout
+		}
+		if limit == 0 {
+			return 0
+		}
+		longest = max(longest, limit)
+	}
+	if longest < 0 {
+		return w.handlerTimeout
+	}
+	return longest
+}
+
 // clock returns the time since the epoch: monotonic, at half the cost of time.Now.
 func (w *workers) clock() time.Duration { return time.Since(w.epoch) }
 
@@ -435,12 +500,12 @@ func (w *workers) spread(j *job) {
 // it, the newest is taken: in an overload the oldest would be late anyway, and
 // taking them in their order would make every one late.
 func (q *queue) dequeue() *job {
-	now, limit := q.workers.clock(), q.workers.handlerTimeout
+	now := q.workers.clock()
 	q.mu.Lock()
 	shed := q.shed(now)
 	j := q.waiting.head
 	if j != nil {
-		if limit > 0 && now-j.arrived > limit/2 {
+		if j.limit > 0 && now-j.arrived > j.limit/2 {
 			j = q.waiting.tail
 		}
 		q.waiting.remove(j)
@@ -457,14 +522,17 @@ func (q *queue) dequeue() *job {
 // shed takes the jobs that have waited for too long. The caller must hold mu, and
 // pass them to overloaded after releasing it.
 func (q *queue) shed(now time.Duration) []*job {
-	limit := q.workers.handlerTimeout
-	if limit == 0 {
+	if !q.workers.anyTimeout() {
 		return nil
 	}
 	var shed []*job
-	for j := q.waiting.head; j != nil && now-j.arrived >= limit; j = q.waiting.head {
-		q.waiting.remove(j)
-		shed = append(shed, j)
+	for j := q.waiting.head; j != nil; {
+		next := j.next
+		if j.over(now) {
+			q.waiting.remove(j)
+			shed = append(shed, j)
+		}
+		j = next
 	}
 	return shed
 }
@@ -472,7 +540,7 @@ func (q *queue) shed(now time.Duration) []*job {
 // overloaded answers the jobs that shed returned.
 func (q *queue) overloaded(shed []*job) {
 	for _, j := range shed {
-		q.answer(j, nil, faultOverload)
+		q.answer(j, nil, q.workers.faultActions[FaultOverload])
 	}
 	q.box.Flush()
 	for _, j := range shed {
@@ -482,16 +550,25 @@ func (q *queue) overloaded(shed []*job) {
 }
 
 // answer adds j's answer to the outbox.
-func (q *queue) answer(j *job, actions []byte, f faultKind) {
+func (q *queue) answer(j *job, actions, faulty []byte) {
 	q.box.Answer(j.size, func(b []byte) []byte {
-		return appendAck(b, flagFIN, j.ids, actions, q.workers.faultVars[f])
+		return appendAck(b, flagFIN, j.ids, j.beside(actions, faulty), faulty)
 	})
+}
+
+// beside returns the actions that are sent beside those of a fault: none if the
+// frame has no room for both.
+func (j *job) beside(actions, faulty []byte) []byte {
+	if len(actions)+len(faulty) > j.actions.max {
+		return nil
+	}
+	return actions
 }
 
 // overloaded reports that j's messages were not handled for want of time.
 func (w *workers) overloaded(j *job) {
 	for j.nextMessage() {
-		w.handled(&j.current, 0, ErrOverload)
+		w.handled(j, 0, ErrOverload, FaultOverload, true)
 	}
 	if n, ok := w.limit.allow("overload"); ok {
 		level.Warn(w.logger).Log("msg", "overload: answered without calling the handler", "suppressed", n)
@@ -506,7 +583,7 @@ func (q *queue) complete(j *job) {
 	late := j.answered
 	q.mu.Unlock()
 	if !late {
-		q.answer(j, j.actions.buf, j.fault)
+		q.answer(j, j.actions.buf, j.faulty)
 	}
 	j.recycle()
 	// Sending may block, so not while others wait for the permit.
@@ -529,7 +606,7 @@ func (q *queue) exited(rd *reader) {
 
 // handle runs the handlers of j's messages in their order.
 func (w *workers) handle(j *job) {
-	if w.handlerTimeout > 0 {
+	if j.limit > 0 {
 		w.handleInTime(j)
 		return
 	}
@@ -539,16 +616,17 @@ func (w *workers) handle(j *job) {
 }
 
 func (w *workers) handleInTime(j *job) {
-	ctx := &deadline{Context: j.queue.ctx, at: w.epoch.Add(j.arrived + w.handlerTimeout)}
+	ctx := &deadline{Context: j.queue.ctx, at: w.epoch.Add(j.arrived + j.limit)}
 	defer ctx.cancel(context.Canceled)
 	if !j.start(ctx) {
-		j.fault = faultOverload
+		w.fault(j, FaultOverload, ErrOverload)
 		w.overloaded(j)
 		return
 	}
 	for j.nextMessage() {
 		if j.late() {
-			w.handled(&j.current, 0, ErrOverload)
+			w.fault(j, FaultTimeout, context.DeadlineExceeded)
+			w.handled(j, 0, ErrOverload, FaultOverload, true)
 			continue
 		}
 		w.message(ctx, j)
@@ -558,38 +636,44 @@ func (w *workers) handleInTime(j *job) {
 // start makes the watch cancel ctx when j is late, unless it is already, which it
 // reports.
 func (j *job) start(ctx *deadline) bool {
-	w := j.queue.workers
 	j.queue.mu.Lock()
 	defer j.queue.mu.Unlock()
-	if j.answered || w.clock()-j.arrived >= w.handlerTimeout {
+	if j.answered || j.over(j.queue.workers.clock()) {
 		return false
 	}
 	j.ctx = ctx
 	return true
 }
 
-// late reports whether j has been answered, since its time is over.
+// over reports whether the time for j's answer is over.
+func (j *job) over(now time.Duration) bool { return j.limit > 0 && now-j.arrived >= j.limit }
+
+// late reports whether j's time is over; it may have been answered.
 func (j *job) late() bool {
 	j.queue.mu.Lock()
 	defer j.queue.mu.Unlock()
-	return j.answered
+	return j.answered || j.over(j.queue.workers.clock())
 }
 
 // commit makes the actions of j's messages up to the current one final: they are
-// sent even if a later message is late. It reports whether there was still time.
+// sent even if a later message is late. It reports whether there was still time;
+// if not, those of the current one are not sent, so that a handler can rely on
+// its context.
 func (j *job) commit() bool {
 	j.queue.mu.Lock()
 	defer j.queue.mu.Unlock()
+	if j.answered || j.over(j.queue.workers.clock()) {
+		return false
+	}
 	j.done = j.actions.buf
 	j.finished = j.left == 0
-	return !j.answered
+	return true
 }
 
 // message runs the handler of j's current message.
 func (w *workers) message(ctx context.Context, j *job) {
 	m, a := &j.current, &j.actions
-	mark := len(a.buf)
-	a.err = nil
+	a.begin()
 	if m.name != j.message || j.handler == nil {
 		j.message, j.handler = m.name, w.handlers[m.name]
 		if j.handler == nil {
@@ -598,14 +682,11 @@ func (w *workers) message(ctx context.Context, j *job) {
 	}
 	h := j.handler
 	if h == nil {
-		w.noHandler(m)
-		if w.handlerTimeout > 0 {
-			j.commit()
-		}
+		w.noHandler(j)
 		return
 	}
 	var began time.Duration
-	if w.hooks.Handled != nil {
+	if w.hooked() {
 		began = w.clock()
 	}
 	returned := false
@@ -617,13 +698,13 @@ func (w *workers) message(ctx context.Context, j *job) {
 		if v := recover(); v != nil {
 			err = &PanicError{v, debug.Stack()}
 		}
-		a.buf = a.buf[:mark]
+		a.fallBack()
 		w.returned(j, began, err)
 	}()
 	err := h.ServeSPOE(ctx, m, a)
 	returned = true
 	if err != nil {
-		a.buf = a.buf[:mark]
+		a.fallBack()
 	} else {
 		err = a.err
 	}
@@ -632,21 +713,44 @@ func (w *workers) message(ctx context.Context, j *job) {
 
 // returned deals with the end of the handler of j's current message.
 func (w *workers) returned(j *job, began time.Duration, err error) {
-	if w.handlerTimeout > 0 && !j.commit() && err == nil {
-		err = context.DeadlineExceeded
+	late := j.limit > 0 && !j.commit()
+	if late {
+		j.actions.buf = j.actions.before
+		if err == nil {
+			err = context.DeadlineExceeded
+		}
 	}
-	m := &j.current
+	var f Fault
 	if err != nil {
-		w.failed(j, m, err)
+		f = faultOf(err)
+		w.failed(j, f, err)
 	}
-	if w.hooks.Handled != nil {
-		w.handled(m, w.clock()-began, err)
+	if w.hooked() {
+		w.handled(j, w.clock()-began, err, f, late)
 	}
 }
 
-func (w *workers) handled(m *Message, took time.Duration, err error) {
+// hooked reports whether somebody wants to know how messages are dealt with.
+func (w *workers) hooked() bool { return w.hooks.Handled != nil || w.hooks.Message != nil }
+
+// handled reports how j's current message was dealt with.
+func (w *workers) handled(j *job, took time.Duration, err error, f Fault, late bool) {
 	if w.hooks.Handled != nil {
-		w.hooks.Handled(m.name, took, err)
+		w.hooks.Handled(j.current.name, took, err)
+	}
+	if w.hooks.Message != nil {
+		w.hooks.Message(MessageEvent{j.current.name, j.current.Peer(), took, err, f, late})
+	}
+}
+
+// fault makes j's answer tell of a fault, unless there was one before.
+func (w *workers) fault(j *job, f Fault, err error) {
+	if j.fault != 0 {
+		return
+	}
+	j.fault, j.faulty = f, w.faultActions[f]
+	if w.faultFuncs && err != faultErrors[f] {
+		j.faulty = w.newFaultActions(f, err, j.actions.max)
 	}
 }
 
@@ -659,18 +763,12 @@ func (w *workers) logKind(m *Message) string {
 	return "handler"
 }
 
-// failed notes and logs that a handler failed.
-func (w *workers) failed(j *job, m *Message, err error) {
-	kind := faultError
+// failed notes and logs that the handler of j's current message failed.
+func (w *workers) failed(j *job, f Fault, err error) {
+	w.fault(j, f, err)
+	m := &j.current
 	var p *PanicError
-	if errors.As(err, &p) {
-		kind = faultPanic
-	} else if errors.Is(err, context.DeadlineExceeded) {
-		kind = faultTimeout
-	}
-	if j.fault == faultNone {
-		j.fault = kind
-	}
+	errors.As(err, &p)
 	n, ok := w.limit.allow(w.logKind(m))
 	switch {
 	case !ok:
@@ -683,8 +781,13 @@ func (w *workers) failed(j *job, m *Message, err error) {
 
 const maxUnknown = 100 // names of messages to warn of, since a peer can invent any number
 
-func (w *workers) noHandler(m *Message) {
-	w.handled(m, 0, ErrNoHandler)
+func (w *workers) noHandler(j *job) {
+	m := &j.current
+	w.fault(j, FaultNoHandler, ErrNoHandler)
+	w.handled(j, 0, ErrNoHandler, FaultNoHandler, false)
+	if j.limit > 0 {
+		j.commit()
+	}
 	w.unknownMu.Lock()
 	warn := !w.unknown[m.name] && len(w.unknown) < maxUnknown
 	if warn {
@@ -821,21 +924,20 @@ func (q *queue) takeOver(t *turn, s uint64) {
 // overdue answers the running jobs that are late, and reports whether there are
 // any. The caller must hold mu.
 func (q *queue) overdue(now time.Duration) (late bool) {
-	limit := q.workers.handlerTimeout
-	if limit == 0 {
+	if !q.workers.anyTimeout() {
 		return false
 	}
 	for j := q.running.head; j != nil; j = j.next {
-		if j.finished || j.answered || now-j.arrived < limit {
+		if j.finished || j.answered || !j.over(now) {
 			continue
 		}
 		j.answered, late = true, true
-		kind := faultOverload // its goroutine has not come so far as to call a handler
+		f := FaultOverload // its goroutine has not come so far as to call a handler
 		if j.ctx != nil {
-			kind = faultTimeout
+			f = FaultTimeout
 			j.ctx.cancel(context.DeadlineExceeded)
 		}
-		q.answer(j, j.done, kind)
+		q.answer(j, j.done, q.workers.faultActions[f])
 	}
 	return late
 }

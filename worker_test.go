@@ -96,7 +96,7 @@ func TestWorkerGoexit(t *testing.T) {
 		runtime.Goexit()
 		return nil
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("exit", exit), WithHandlerFunc("echo", echo)}
 	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
 		for n := range uint64(3) {
 			h.send(notifyOf(1, n, echoed("a"), NewMessage("place"), NewMessage("exit")))
@@ -137,7 +137,7 @@ func (r *record) want(t testing.TB, want ...string) {
 func TestHandlerTimeout(t *testing.T) {
 	const limit = 50 * time.Millisecond
 	var r record
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), r.hook()}
 	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, g *gate) {
 		r.list = nil
 		began := time.Now()
@@ -187,7 +187,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r record
 		g := newGate()
-		a, ln := startMem(t, WithHandlerTimeout(20*time.Millisecond), WithPipelining(1), WithFaultVar(ScopeTxn, "fault"),
+		a, ln := startMem(t, WithHandlerTimeout(20*time.Millisecond), WithPipelining(1), faultText(ScopeTxn, "fault"),
 			WithHandler("wait", g), WithHandlerFunc("echo", echo), r.hook())
 		h := ln.greet(t)
 		only(t, a).pace.spread = 3 // to be spread
@@ -210,7 +210,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 func TestLateBeforeBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r record
-		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), WithFaultVar(ScopeTxn, "fault"), r.hook(),
+		w := newWorkers(newOptions([]Option{WithHandlerTimeout(5 * time.Millisecond), faultText(ScopeTxn, "fault"), r.hook(),
 			WithHandlerFunc("echo", func(context.Context, *Message, *Actions) error {
 				t.Error("want no call of the handler")
 				return nil
@@ -402,7 +402,7 @@ func TestHandlerTimeoutFinished(t *testing.T) {
 			time.Sleep(2 * limit) // what the scheduler may do
 		}
 	}})
-	opts := []Option{WithHandlerTimeout(limit), WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
+	opts := []Option{WithHandlerTimeout(limit), faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo), hook}
 	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		h.send(notifyOf(1, 1, NewMessage("place"), echoed("x")))
 		h.wantActions(1, 1, sets("echo", "x"))
@@ -426,13 +426,13 @@ func TestHandlers(t *testing.T) {
 	})
 
 	var lines logLines
-	opts = append(opts, WithFaultVar(ScopeTxn, "fault"), WithLogger(&lines))
+	opts = append(opts, faultText(ScopeTxn, "fault"), WithLogger(&lines))
 	everyplace(t, opts, func(t *testing.T, a *Agent, h *haproxy, _ *gate) {
 		r.list = nil
 		lines.forget()
 		for id := range uint64(3) {
 			h.send(notifyOf(1, id, NewMessage("place"), NewMessage("a"), echoed("x"), NewMessage("b")))
-			h.wantActions(1, id, sets("echo", "x"))
+			h.wantActions(1, id, sets("echo", "x")+","+sets("fault", "no-handler"))
 			h.wantNothing()
 			r.want(t, "place: <nil>", "a: spoa: no handler for this message", "echo: <nil>", "b: spoa: no handler for this message")
 		}
@@ -444,7 +444,7 @@ func TestHandlers(t *testing.T) {
 		// A peer can invent any number of names.
 		for id := range uint64(2 * maxUnknown) {
 			h.send(notifyOf(2, id, NewMessage("invented-"+strconv.FormatUint(id, 10))))
-			h.wantActions(2, id, "")
+			h.wantActions(2, id, sets("fault", "no-handler"))
 		}
 		if have := lines.with("no handler"); len(have) != maxUnknown {
 			t.Errorf("want %d warnings, have %d", maxUnknown, len(have))
@@ -467,7 +467,7 @@ func TestHandlerFaults(t *testing.T) {
 			return end(a)
 		}
 	}
-	opts := []Option{WithFaultVar(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
+	opts := []Option{faultText(ScopeTxn, "fault"), WithHandlerFunc("echo", echo),
 		WithHandler("error", fail(func(*Actions) error { return fmt.Errorf("wrapped: %w", own) })),
 		WithHandler("panic", fail(func(*Actions) error { panic(own) })),
 		WithHandler("panic with text", fail(func(*Actions) error { panic("text") })),
@@ -530,7 +530,7 @@ func TestHandlerFaults(t *testing.T) {
 						t.Errorf("want the stack of the panic, have %v\n%s", pe, pe.Stack)
 					}
 					// No fault, no variable.
-					h.send(notifyOf(2, id, NewMessage("place"), echoed("good"), NewMessage("none")))
+					h.send(notifyOf(2, id, NewMessage("place"), echoed("good")))
 					h.wantActions(2, id, sets("echo", "good"))
 				}
 			})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -55,11 +56,21 @@ func check(c *config) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	sources, err := c.openSources(l, log.NewNopLogger())
+	if err != nil {
+		return "", err
+	}
 	if _, err := c.loadTLS(); err != nil {
 		return "", err
 	}
-	if l == nil {
+	if err := c.checkAddrs(); err != nil {
+		return "", err
+	}
+	switch {
+	case l == nil && sources == nil:
 		return "configuration ok, no lists: scores are random", nil
+	case l == nil:
+		return fmt.Sprintf("configuration ok, no lists, other sources: %d", sources.count()), nil
 	}
 	entries, bad, all := 0, 0, l.Stats()
 	var warnings strings.Builder
@@ -70,26 +81,60 @@ func check(c *config) (string, error) {
 			warnings.WriteString("\nwarning: " + w)
 		}
 	}
-	return fmt.Sprintf("configuration ok, lists: %d, entries: %d, bad lines: %d%s", len(all), entries, bad, &warnings), nil
+	others := ""
+	if n := sources.count(); n > 0 {
+		others = fmt.Sprintf(", other sources: %d", n)
+	}
+	return fmt.Sprintf("configuration ok, lists: %d, entries: %d, bad lines: %d%s%s", len(all), entries, bad, others, &warnings), nil
 }
 
-// lookUp writes what each list says of an address.
+// checkAddrs finds addresses that cannot be listened on.
+func (c *config) checkAddrs() error {
+	addrs := c.addrs()
+	if c.metrics.Network != "" {
+		addrs = append(slices.Clone(addrs), c.metrics)
+	}
+	for _, addr := range addrs {
+		if err := addr.Check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookUp writes what each list and other source says of an address.
 func lookUp(c *config, w io.Writer) error {
 	l, err := c.openLists(context.Background(), log.NewNopLogger())
 	if err != nil {
 		return err
 	}
-	if l == nil {
-		return errors.New("-lookup: want lists, by -reputation or -allow")
+	sources, err := c.openSources(l, log.NewNopLogger())
+	if err != nil {
+		return err
 	}
 	addr := netip.MustParseAddr(c.lookup) // validateLists did so before
-	v := l.Lookup(addr)
-	fmt.Fprintf(w, "%v: %v, score %d", addr, v.State, v.Score)
-	if v.List != "" {
-		fmt.Fprintf(w, ", by list %s", v.List)
+	switch {
+	case sources != nil:
+		if err := sources.lookUp(w, addr); err != nil {
+			return err
+		}
+	case l != nil:
+		v := l.Lookup(addr)
+		fmt.Fprintf(w, "%v: %v, score %d", addr, v.State, v.Score)
+		if v.List != "" {
+			fmt.Fprintf(w, ", by list %s", v.List)
+		}
+		fmt.Fprintln(w)
+	default:
+		return errors.New("-lookup: want lists, by -reputation or -allow, or other sources")
 	}
-	fmt.Fprintln(w)
-	matches := l.Explain(addr)
+	if l == nil {
+		return nil
+	}
+	return writeMatches(w, l.Explain(addr))
+}
+
+func writeMatches(w io.Writer, matches []lists.Match) error {
 	if len(matches) == 0 {
 		return nil
 	}

@@ -13,9 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -38,7 +36,7 @@ func main() {
 }
 
 func realMain(args []string, stdout, stderr io.Writer) int {
-	c, err := parse(args)
+	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(stdout, usage)
@@ -55,17 +53,20 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 			return 1
 		}
+		for _, note := range c.notes {
+			fmt.Fprintf(stderr, "spoa: %s\n", note)
+		}
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	if c.lookup != "" {
-		if err := lookUp(c, stdout); err != nil {
-			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
-			return 1
-		}
-		return 0
+	run := serve
+	switch {
+	case c.lookup != "":
+		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
+	case c.sources.replay != "":
+		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
 	}
-	if err := serve(c, stderr); err != nil {
+	if err := run(c, stderr); err != nil {
 		fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 		return 1
 	}
@@ -77,7 +78,8 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ";
 
 const (
 	message       = "check-client-ip"
-	maxFragmented = 1 << 20 // bytes of a NOTIFY put together from fragments
+	faultVariable = "ip_fault" // of scope txn: why an ACK has no verdict
+	maxFragmented = 1 << 20    // bytes of a NOTIFY put together from fragments
 )
 
 // newAgent returns an agent with that handler.
@@ -89,6 +91,7 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithDebug(c.debug),
 		spoa.WithLogger(logger),
 		spoa.WithHooks(hooks),
+		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -111,7 +114,8 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 type service struct {
 	config    *config
 	logger    log.Logger
-	lists     *lists.Lists // nil: scores are random
+	lists     *lists.Lists // nil: none
+	sources   *sources     // nil: none but lists
 	tls       *listen.TLS  // nil: none
 	agent     *spoa.Agent
 	status    *status.Status
@@ -129,12 +133,16 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 	if s.lists, err = c.openLists(ctx, logger); err != nil {
 		return nil, err
 	}
+	if s.sources, err = c.openSources(s.lists, logger); err != nil {
+		return nil, err
+	}
 	if s.tls, err = c.loadTLS(); err != nil {
 		return nil, err
 	}
 	s.status = status.New(status.Config{
 		Conns:    func() []spoa.ConnInfo { return s.agent.Conns() },
 		Lists:    s.lists,
+		Sources:  s.sources.combined(),
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
@@ -143,7 +151,14 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 	if c.metrics.Network != "" {
 		hooks = s.status.Hooks()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(s.lists, s.status.Judged)), hooks)
+	score := newScorer(s.lists, s.status.Judged)
+	if s.sources != nil {
+		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
+		first, cancel := context.WithTimeout(ctx, prepareTimeout)
+		_ = s.sources.prepare(first) // logs; what is missing is pulled later
+		cancel()
+	}
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{c.proxies}, score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -177,16 +192,20 @@ func serve(c *config, stderr io.Writer) error {
 	case err != nil:
 		return err
 	}
+	for _, note := range c.notes {
+		level.Warn(logger).Log("msg", note)
+	}
 	var g run.Group
 	g.Add(func() error { return s.serve(end) }, func(error) { s.drain() })
 	g.Add(actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
 	if s.web != nil {
-		level.Info(logger).Log("msg", "metrics", "addr", s.web.Addr())
+		level.Info(logger).Log("msg", "metrics", "addr", listen.Name(s.web.Addr()), "access", (*listen.TLS)(nil).Access(s.web.Addr()))
 		g.Add(s.status.Actor(s.web))
 	}
 	if s.lists != nil {
 		g.Add(actor(s.lists.Watch))
 	}
+	s.sources.addTo(&g)
 	s.notifySystemd(daemon.SdNotifyReady)
 	err = g.Run()
 	if errors.Is(err, run.ErrSignal) {
@@ -213,7 +232,7 @@ func (s *service) begin() {
 func (s *service) serve(end <-chan os.Signal) error {
 	errs := make(chan error)
 	for _, l := range s.listeners {
-		level.Info(s.logger).Log("msg", "listening", "addr", l.Addr(), "access", s.tls.Access(l.Addr()))
+		level.Info(s.logger).Log("msg", "listening", "addr", listen.Name(l.Addr()), "access", s.tls.Access(l.Addr()))
 		go func() { errs <- s.serveOne(l) }()
 	}
 	var failed, signalled error
@@ -273,6 +292,7 @@ func (s *service) reloadOnce(ctx context.Context) {
 	if s.lists != nil {
 		_ = s.lists.Reload(ctx) // logs
 	}
+	s.sources.reloadAll()
 	if s.tls != nil {
 		if err := s.tls.Reload(); err != nil {
 			level.Error(s.logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))
@@ -283,57 +303,5 @@ func (s *service) reloadOnce(ctx context.Context) {
 func (s *service) notifySystemd(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		level.Warn(s.logger).Log("msg", "cannot notify systemd", "err", err)
-	}
-}
-
-// scorer sets the variables of an address.
-type scorer func(netip.Addr, *spoa.Actions)
-
-// newScorer returns one that goes by lists, or by chance if there are none, and
-// reports to judged every verdict.
-func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
-	if l == nil {
-		return func(_ netip.Addr, a *spoa.Actions) {
-			judged("", false)
-			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
-		}
-	}
-	return func(ip netip.Addr, a *spoa.Actions) {
-		v := l.Lookup(ip)
-		listed := v.State == lists.Listed
-		if !listed {
-			v.List = ""
-		}
-		judged(v.List, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
-		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
-		} else {
-			// A session of several requests may have had one before a reload.
-			a.UnsetVar(spoa.ScopeSess, "ip_list")
-		}
-	}
-}
-
-// checkClientIP returns the handler of check-client-ip. It ignores what is no
-// address.
-func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
-	return func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
-		if delay > 0 {
-			t := time.NewTimer(delay)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		if m.Len() != 1 {
-			return nil
-		}
-		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ip, a)
-		}
-		return nil
 	}
 }

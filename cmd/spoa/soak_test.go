@@ -68,7 +68,7 @@ func TestSoak(t *testing.T) {
 			t.Fatal(err)
 		}
 		agent := spoa.New(spoa.WithAsync(), spoa.WithFragmentation(1<<16), spoa.WithHandlerTimeout(200*time.Millisecond), spoa.WithWorkers(64),
-			spoa.WithFaultVar(spoa.ScopeTxn, "fault"),
+			faultText(),
 			spoa.WithHandlerFunc("check-client-ip", func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
 				handled.Add(1)
 				switch rand.N(1000) {

@@ -38,9 +38,12 @@ type pageData struct {
 	Opened, HealthChecks string
 	Messages             []pageMessage
 	Lists                []pageList
+	Sources              []pageSource
+	WouldDeny            string
 	Unlisted             string
 	RandomScores         string
 	Faults               []pageFault
+	Lookup               *lookupPage // nil: none was asked for
 }
 
 type pageConn struct {
@@ -57,6 +60,9 @@ type pageList struct {
 	Name, File, Kind, Entries, Verdicts, Loaded, Age string
 	BadLines                                         int
 	Reloads, Failures                                uint64
+	Checked                                          string // of a list by URL: when its server last answered, and how
+	Problem                                          string
+	Warnings                                         []string
 }
 
 type pageCount struct{ Name, Count string }
@@ -68,6 +74,10 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 	if n, err := strconv.Atoi(r.FormValue("refresh")); err == nil && n > 0 {
 		d.Refresh = min(n, 3600)
 	}
+	d.write(w)
+}
+
+func (d *pageData) write(w http.ResponseWriter) {
 	var b bytes.Buffer
 	if err := pageTemplate.Execute(&b, d); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -76,7 +86,7 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy",
-		"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	w.Write(b.Bytes())
@@ -84,7 +94,7 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 
 func (st *Status) pageData(now time.Time) *pageData {
 	d := &pageData{
-		Build: st.config.Build, Draining: st.draining.Load(), Random: st.config.Lists == nil, Up: short(now.Sub(st.started)),
+		Build: st.config.Build, Draining: st.draining.Load(), Random: st.random != nil, Up: short(now.Sub(st.started)),
 		Opened: number(value(st.opened)), HealthChecks: number(value(st.checks)),
 	}
 	conns := st.config.Conns()
@@ -103,6 +113,7 @@ func (st *Status) pageData(now time.Time) *pageData {
 	}
 	d.addMessages(st)
 	d.addLists(st, now)
+	d.addSources(st, now)
 	for _, s := range faultCodes {
 		d.addFault(st, s.String(), statusCode(s), byAgent, byHAProxy)
 	}
@@ -140,10 +151,14 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 		return
 	}
 	d.Unlisted = number(value(st.unlisted))
+	if st.config.Lists == nil {
+		return
+	}
 	for _, s := range st.config.Lists.Stats() {
 		p := pageList{
 			Name: s.Name, File: s.File, Kind: listKind(s), Entries: number(float64(s.Entries)), BadLines: s.BadLines,
 			Loaded: short(now.Sub(s.Loaded)), Age: short(now.Sub(s.Modified)), Reloads: s.Reloads, Failures: s.Failures,
+			Checked: checked(s, now), Problem: s.Problem, Warnings: s.Warnings,
 		}
 		if c := st.verdicts[s.Name]; c != nil && !s.Allow {
 			p.Verdicts = number(value(c))
@@ -170,8 +185,9 @@ func peerName(a net.Addr) string {
 
 // abridged is for what a peer may fill with anything, and make as long as a
 // frame.
-func abridged(s string) string {
-	const most = 64
+func abridged(s string) string { return abridgedTo(s, 64) }
+
+func abridgedTo(s string, most int) string {
 	r := []rune(s)
 	more := len(r) > most
 	r = r[:min(len(r), most)]

@@ -21,13 +21,15 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
 // Config names what a Status shows.
 type Config struct {
 	Conns    func() []spoa.ConnInfo // the agent's
-	Lists    *lists.Lists           // nil: scores are random
+	Lists    *lists.Lists           // nil: none
+	Sources  *reputation.Combined   // nil: none but lists
 	TLS      *listen.TLS            // nil: none
 	Build    Build
 	Messages []string // that have a handler
@@ -50,6 +52,7 @@ type Status struct {
 	random   prometheus.Counter
 	opened   prometheus.Counter
 	checks   prometheus.Counter
+	denied   prometheus.Counter // that would be, with sources
 	faults   map[origin]prometheus.Counter
 }
 
@@ -109,6 +112,7 @@ func New(c Config) *Status {
 	}
 	st.registerMessages()
 	st.registerVerdicts()
+	st.registerSources()
 	st.opened = st.counter("connections_opened_total", "Connections accepted, those of health checks included.").WithLabelValues()
 	st.checks = st.counter("health_checks_total", "Health checks answered.").WithLabelValues()
 	st.registerFaults()
@@ -152,17 +156,29 @@ func (st *Status) registerMessages() {
 
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
-		"Addresses judged: listed (and on which list), unlisted (or allowed), or given a random score.", "verdict", "list")
-	if st.config.Lists == nil {
+		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+	random := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "spoa_random_scores", Help: "1 if there is no list or other source: scores are random then, for trying out only.",
+	})
+	st.registry.MustRegister(random)
+	if st.config.Lists == nil && st.config.Sources == nil {
+		random.Set(1)
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
 	st.verdict = verdicts
 	st.unlisted = verdicts.WithLabelValues("unlisted", "")
-	for _, s := range st.config.Lists.Stats() {
-		if !s.Allow { // two files may have one name, and so one counter
-			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+	if st.config.Lists != nil {
+		for _, s := range st.config.Lists.Stats() {
+			if !s.Allow { // two files may have one name, and so one counter
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			}
 		}
+	}
+	if st.config.Sources != nil {
+		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
+			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+		})
 	}
 }
 
@@ -258,7 +274,7 @@ func (st *Status) connClosed(p spoa.Peer, err error) {
 	st.faults[o].Inc()
 }
 
-// Judged counts a verdict, and the list that it rests on.
+// Judged counts a verdict, and the list or other source that it rests on.
 func (st *Status) Judged(list string, listed bool) {
 	switch {
 	case st.random != nil:
@@ -294,7 +310,8 @@ func listDesc(name, help string, more ...string) *prometheus.Desc {
 
 // Describe implements prometheus.Collector.
 func (st *Status) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc} {
+	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc,
+		refusedDesc, warningsDesc, checkedDesc, statusDesc, nextDesc} {
 		ch <- d
 	}
 }
@@ -324,6 +341,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
+		collectList(s, labels, send)
 	}
 }
 
@@ -384,6 +402,9 @@ func (st *Status) handler() http.Handler {
 		fmt.Fprintln(w, "ready")
 	})
 	mux.HandleFunc("GET /{$}", st.page)
+	if st.config.Lists != nil || st.config.Sources != nil {
+		mux.HandleFunc("GET /lookup", st.lookup)
+	}
 	return mux
 }
 

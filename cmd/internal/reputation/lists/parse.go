@@ -403,8 +403,9 @@ func (t *tail) note(prefix netip.Prefix) {
 // been read of it, so that little is allocated only to be copied.
 func (p *parser) grow(length int) int {
 	least := max(64, length+length/4)
-	if length < 1024 || p.size == 0 || p.raw.n <= sniffed {
-		return least
+	read := p.raw.n - int64(p.in.Buffered()) // or a little more of a compressed list
+	if p.size == 0 || read < 16*sniffed {
+		return 2 * least
 	}
-	return max(least, int(float64(length)*1.02*float64(p.size)/float64(p.raw.n)))
+	return max(least, int(float64(length)*1.02*float64(p.size)/float64(read)))
 }

@@ -149,6 +149,7 @@ func (l *Lists) loadFiles(ctx context.Context, due func(*source) bool) error {
 	func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
+		defer beginLoad()()
 		changed := l.expand(false)
 		for _, s := range *l.sources.Load() {
 			if s.url() || s.read || !due(s) {

@@ -5,13 +5,16 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -31,9 +34,8 @@ var errBusy = errors.New("spoa: too many NOTIFYs in flight")
 // load. It insists on what the specification says even where HAProxy is
 // lenient. Its methods may be called by several goroutines at once.
 //
-// A connection ends with Close, when the agent says AGENT-DISCONNECT or closes
-// it, or at the agent's first fault, which the agent is told in a
-// HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the
+// A connection ends with Close, when the agent sends an AGENT-DISCONNECT or closes
+// it, or at the agent's first fault, which it is sent in a HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the
 // same error, which is or wraps a *DisconnectError: with Remote and the agent's
 // status if the agent said why; with StatusIO, around the error of the
 // net.Conn, if the connection broke; with StatusNormal after Close; otherwise
@@ -46,13 +48,13 @@ type Client struct {
 	actions []Action      // of the ACK being handled
 
 	slots   chan struct{} // holds one for each NOTIFY in flight
-	waiters sync.Pool     // of *waiter; per Client, so that a synctest bubble can hold one
+	waiters sync.Pool     // of *waiter; not shared by Clients, which may be in different synctest bubbles
 	writers sync.WaitGroup
 	done    chan struct{} // closed when the connection is, and no goroutine left
 	bye     error         // what Close returns, set before done is closed
 
 	mu      sync.Mutex
-	pending map[uint64]func([]Action, error) // who waits, by STREAM-ID
+	pending map[uint64]func([]Action, error) // what to call with the answer, by STREAM-ID
 	stream  uint64                           // the next STREAM-ID
 	out     []byte                           // frames to write
 	spare   []byte                           // the next out
@@ -84,7 +86,8 @@ func (w *waiter) answer(actions []Action, err error) {
 }
 
 // Dial connects to an agent, on any network that net.Dial knows, and does the
-// HELLO. The context bounds both, and nothing after them.
+// HELLO. The context bounds both, and nothing after them. To an agent that speaks
+// TLS connect with a tls.Dialer, and give the connection to NewClient.
 func Dial(ctx context.Context, network, address string) (*Client, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
@@ -141,8 +144,8 @@ func (h *hello) exported() AgentHello {
 	return a
 }
 
-// Check does what HAProxy's `option spop-check` does: it connects to an agent,
-// on any network that net.Dial knows, and is content if Probe is.
+// Check does what HAProxy's `option spop-check` does: it connects to an agent, on
+// any network that net.Dial knows, and returns the error of Probe.
 func Check(ctx context.Context, network, address string) error {
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
@@ -152,9 +155,9 @@ func Check(ctx context.Context, network, address string) error {
 	return err
 }
 
-// Probe says a HELLO with healthcheck set (SPOE.txt 3.2.4) and returns what the
-// agent agrees to, or why it is not well, as NewClient does. It closes the
-// connection, as the agent may.
+// Probe sends a HELLO with healthcheck set (SPOE.txt 3.2.4) and returns what the
+// agent agrees to, or an error as NewClient does. It closes the connection, as the
+// agent may.
 func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 	ours := hello{versions: version, frameSize: checkFrameSize, healthcheck: true}
 	agent, err := greet(ctx, conn, bufio.NewReaderSize(conn, lengthSize+checkFrameSize), &ours)
@@ -163,6 +166,19 @@ func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 	}
 	_ = conn.Close() // the answer is there, and the agent may have been first
 	return agent.exported(), nil
+}
+
+// Ack is the actions of an ACK, in their order.
+type Ack []Action
+
+// Lookup returns what a variable is set to by the last action on it.
+func (a Ack) Lookup(s Scope, name string) (v Value, ok bool) {
+	for _, act := range a {
+		if act.Scope == s && act.Name == name {
+			v, ok = act.Value, !act.Unset
+		}
+	}
+	return v, ok
 }
 
 // Notify sends the messages in one NOTIFY (SPOE.txt 3.2.6) and returns the
@@ -177,7 +193,7 @@ func Probe(ctx context.Context, conn net.Conn) (AgentHello, error) {
 // Two errors concern this call alone: that of a NOTIFY that exceeds the
 // negotiated frame size, which is not sent, and that of an ACK with which the
 // agent aborts it. Any other says why the connection has ended.
-func (c *Client) Notify(ctx context.Context, msgs ...*Message) ([]Action, error) {
+func (c *Client) Notify(ctx context.Context, msgs ...*Message) (Ack, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -204,8 +220,8 @@ func (c *Client) Notify(ctx context.Context, msgs ...*Message) ([]Action, error)
 	return actions, err
 }
 
-// Start is Notify for those who keep many NOTIFYs in flight without a goroutine
-// for each, as a load generator does. It returns at once: with an error if the
+// Start is Notify without a goroutine for each NOTIFY in flight, for load
+// generators. It returns at once: with an error if the
 // NOTIFY has not been sent, because it is too big, 1024 are in flight (one
 // without pipelining) or the connection has ended; otherwise done is called
 // once, with what Notify would return. The actions and their Values are gone
@@ -303,7 +319,7 @@ func (c *Client) abandon(stream uint64) bool {
 
 func ignore([]Action, error) {}
 
-// Close says HAPROXY-DISCONNECT, waits for the agent's answer for up to two
+// Close sends a HAPROXY-DISCONNECT (SPOE.txt 3.2.8), waits for the agent's answer for up to two
 // seconds, and closes the connection. It returns nil if the agent answers with
 // AGENT-DISCONNECT and StatusNormal, or if the connection had ended before, and
 // what the agent did instead otherwise. Notifys that wait fail at once.
@@ -313,8 +329,8 @@ func (c *Client) Close() error {
 	return c.bye
 }
 
-// stop makes err the answer to every NOTIFY, and tells the agent if it does not
-// know. It reports whether it was the first.
+// stop makes err the answer to every NOTIFY, and sends the agent a DISCONNECT if
+// that does not know the reason. It reports whether it was the first.
 func (c *Client) stop(err error) bool {
 	c.mu.Lock()
 	if c.err != nil {
@@ -336,7 +352,7 @@ func (c *Client) stop(err error) bool {
 	return true
 }
 
-// unsaid returns the DisconnectError in err if the agent is still to be told.
+// unsaid returns the DisconnectError in err if the agent has yet to be sent it.
 func unsaid(err error) (*DisconnectError, bool) {
 	var d *DisconnectError
 	ok := errors.As(err, &d)
@@ -418,7 +434,7 @@ func (c *Client) handle(f *frame) error {
 	return nil
 }
 
-// greet says HELLO and returns the agent's, or closes the connection.
+// greet sends a HELLO and returns the agent's, or closes the connection.
 func greet(ctx context.Context, conn net.Conn, r *bufio.Reader, ours *hello) (agent hello, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	if _, err = conn.Write(appendHello(nil, frameHAProxyHello, ours)); err != nil {
@@ -440,7 +456,7 @@ func greet(ctx context.Context, conn net.Conn, r *bufio.Reader, ours *hello) (ag
 	return hello{}, err
 }
 
-// readAgentHello wants of the AGENT-HELLO what HAProxy wants.
+// readAgentHello reads the AGENT-HELLO and checks it as HAProxy does.
 func readAgentHello(r *bufio.Reader, maxSize uint32) (agent hello, err error) {
 	var f frame
 	if err := readFrame(r, &f, maxSize); err != nil {
@@ -521,8 +537,8 @@ func newEngineID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// Trace returns conn in a wrapper that tells f each frame, sent or received, in
-// readable form, such as `ACK 1:1 set-var sess.ip_score int64 42`; for looking at
+// Trace returns conn in a wrapper that calls f with each frame, sent or received,
+// in readable form, such as `ACK 1:1 set-var sess.ip_score int64 42`; for looking at
 // what a Client or an agent says. It calls f once at a time.
 func Trace(conn net.Conn, f func(sent bool, frame string)) net.Conn {
 	return &tracedConn{Conn: conn, f: f}
@@ -537,17 +553,17 @@ type tracedConn struct {
 
 func (t *tracedConn) Read(p []byte) (int, error) {
 	n, err := t.Conn.Read(p)
-	t.in = t.tell(false, append(t.in, p[:n]...))
+	t.in = t.report(false, append(t.in, p[:n]...))
 	return n, err
 }
 
 func (t *tracedConn) Write(p []byte) (int, error) {
-	t.out = t.tell(true, append(t.out, p...)) // before the answer can come
+	t.out = t.report(true, append(t.out, p...)) // before the answer can come
 	return t.Conn.Write(p)
 }
 
-// tell tells the whole frames of b and returns the rest.
-func (t *tracedConn) tell(sent bool, b []byte) []byte {
+// report passes each whole frame in b to f and returns the remainder.
+func (t *tracedConn) report(sent bool, b []byte) []byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for len(b) >= lengthSize {
@@ -564,4 +580,113 @@ func (t *tracedConn) tell(sent bool, b []byte) []byte {
 		b = b[end:]
 	}
 	return b
+}
+
+// ParseMessage returns a Message as NewMessage does, from text such as
+//
+//	check-request src=ip:192.0.2.1 method=str:GET port=int:443 str:"two words"
+//
+// which is a name and arguments of the form [NAME=]TYPE:VALUE with spaces between
+// them. The types are null (without a value), bool (true or false), int or int64,
+// int32, uint32, uint64, ip, str, bin, and hex for a bin in hexadecimal digits. A
+// value may be a Go string in double quotes. The command spop has the same form.
+func ParseMessage(text string) (*Message, error) {
+	name, rest, _ := strings.Cut(strings.TrimSpace(text), " ")
+	if name == "" {
+		return nil, errors.New("spoa: ParseMessage: want a name")
+	}
+	var args []Arg
+	for rest = strings.TrimLeft(rest, " "); rest != ""; rest = strings.TrimLeft(rest, " ") {
+		if len(args) == math.MaxUint8 {
+			return nil, errors.New("spoa: ParseMessage: more than 255 arguments")
+		}
+		a, after, err := cutArg(rest)
+		if err != nil {
+			return nil, fmt.Errorf("spoa: ParseMessage: argument %d: %w", len(args), err)
+		}
+		args, rest = append(args, a), after
+	}
+	return NewMessage(name, args...), nil
+}
+
+// MustParseMessage is ParseMessage for tests and constants: it panics if text is
+// malformed.
+func MustParseMessage(text string) *Message {
+	m, err := ParseMessage(text)
+	if err != nil {
+		panic(err)
+	}
+	return m
+}
+
+// cutArg takes an argument from the beginning of text.
+func cutArg(text string) (a Arg, rest string, err error) {
+	end := strings.IndexByte(text+" ", ' ')
+	word := text[:end]
+	if i := strings.IndexAny(word, "=:"); i >= 0 && word[i] == '=' {
+		a.Name, text = word[:i], text[i+1:]
+	}
+	kind, value, ok := strings.Cut(text, ":")
+	if colon := len(kind); !ok || colon > end { // the colon is another argument's
+		if kind, rest, _ = strings.Cut(text, " "); kind == "null" {
+			return a, rest, nil
+		}
+		return a, "", fmt.Errorf("%q: want [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1", word)
+	}
+	if quoted, err := strconv.QuotedPrefix(value); err == nil && quoted[0] == '"' {
+		rest = value[len(quoted):]
+		value, _ = strconv.Unquote(quoted)
+		if rest != "" && rest[0] != ' ' {
+			return a, "", fmt.Errorf("%q: want a space after %s", word, quoted)
+		}
+	} else {
+		value, rest, _ = strings.Cut(value, " ")
+	}
+	if a.Value, err = parseValue(kind, value); err != nil {
+		return a, "", fmt.Errorf("%q: %w", word, err)
+	}
+	return a, rest, nil
+}
+
+func parseValue(kind, text string) (Value, error) {
+	var v Value
+	var err error
+	switch kind {
+	case "bool":
+		v = Bool(text == "true")
+		if text != "true" && text != "false" {
+			err = errors.New("want true or false")
+		}
+	case "int", "int64", "int32":
+		var i int64
+		i, err = strconv.ParseInt(text, 10, 64)
+		v = Int64(i)
+		if kind == "int32" {
+			i, err = strconv.ParseInt(text, 10, 32)
+			v = Int32(int32(i))
+		}
+	case "uint32":
+		var u uint64
+		u, err = strconv.ParseUint(text, 10, 32)
+		v = Uint32(uint32(u))
+	case "uint64":
+		var u uint64
+		u, err = strconv.ParseUint(text, 10, 64)
+		v = Uint64(u)
+	case "ip":
+		if v = parseAddr(text); v.kind == KindNull {
+			err = errors.New("want an address, such as 192.0.2.1 or 2001:db8::1")
+		}
+	case "str":
+		v = String(text)
+	case "bin":
+		v = Binary([]byte(text))
+	case "hex":
+		var b []byte
+		b, err = hex.DecodeString(text)
+		v = Binary(b)
+	default:
+		err = fmt.Errorf("no type %q: want null, bool, int, int32, int64, uint32, uint64, ip, str, bin or hex", kind)
+	}
+	return v, err
 }

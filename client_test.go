@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -1000,4 +1001,67 @@ func FuzzClient(f *testing.F) {
 			}
 		})
 	})
+}
+
+func TestParseMessage(t *testing.T) {
+	ip := func(s string) Value { return Addr(netip.MustParseAddr(s)) }
+	for _, tt := range []struct {
+		text string
+		want *Message
+	}{
+		{"ping", NewMessage("ping")},
+		{"  ping  ", NewMessage("ping")},
+		{"check-client-ip ip:192.0.2.1", NewMessage("check-client-ip", Arg{"", ip("192.0.2.1")})},
+		{"m src=ip:2001:db8::1  n=null null str:a=b:c", NewMessage("m", Arg{"src", ip("2001:db8::1")}, Arg{"n", Value{}}, Arg{}, Arg{"", String("a=b:c")})},
+		{`m null s=str:"two \"words\"" x=bin:"\x00" str:"" str:`, NewMessage("m", Arg{}, Arg{"s", String(`two "words"`)}, Arg{"x", Binary([]byte{0})}, Arg{"", String("")}, Arg{"", String("")})},
+		{"m bool:true bool:false int:-3 int64:4 int32:-5 uint32:6 uint64:18446744073709551615 bin:b hex:00ff",
+			NewMessage("m", Arg{"", Bool(true)}, Arg{"", Bool(false)}, Arg{"", Int64(-3)}, Arg{"", Int64(4)}, Arg{"", Int32(-5)}, Arg{"", Uint32(6)},
+				Arg{"", Uint64(math.MaxUint64)}, Arg{"", Binary([]byte("b"))}, Arg{"", Binary([]byte{0, 255})})},
+	} {
+		m, err := ParseMessage(tt.text)
+		if err != nil || !bytes.Equal(appendMessage(nil, tt.want), appendMessage(nil, m)) {
+			t.Errorf("%s: want %s %v, have %v, error %v", tt.text, tt.want.Name(), argsOf(tt.want), m, err)
+		}
+	}
+	for text, want := range map[string]string{
+		"":                                 "want a name",
+		"m x":                              `argument 0: "x": want [NAME=]TYPE:VALUE`,
+		"m x str:y":                        `argument 0: "x": want [NAME=]TYPE:VALUE`,
+		"m int:1 a=b":                      `argument 1: "a=b": want [NAME=]TYPE:VALUE`,
+		"m int:x":                          `argument 0: "int:x": strconv.ParseInt: parsing "x"`,
+		"m int32:2147483648":               "out of range",
+		"m uint32:-1":                      "ParseUint",
+		"m uint64:18446744073709551616":    "out of range",
+		"m bool:1":                         "want true or false",
+		"m ip:localhost":                   "want an address",
+		"m hex:0":                          "hex",
+		"m float:1":                        `no type "float"`,
+		`m str:"a"b`:                       "want a space",
+		"m" + strings.Repeat(" null", 256): "more than 255 arguments",
+	} {
+		if m, err := ParseMessage(text); err == nil || !strings.Contains(err.Error(), want) || !strings.HasPrefix(err.Error(), "spoa: ParseMessage: ") {
+			t.Errorf("%.40s: want an error with %s, have %v, %v", text, want, m, err)
+		}
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("MustParseMessage: want a panic, have none")
+		}
+	}()
+	MustParseMessage("")
+}
+
+func TestAckLookup(t *testing.T) {
+	ack := Ack{{Scope: ScopeSess, Name: "v", Value: Int(1)}, {Scope: ScopeTxn, Name: "v", Unset: true}, {Scope: ScopeSess, Name: "v", Value: Int(2)},
+		{Scope: ScopeSess, Name: "w", Value: Int(3)}, {Scope: ScopeSess, Name: "w", Unset: true}}
+	for _, tt := range []struct {
+		scope Scope
+		name  string
+		want  Value
+		ok    bool
+	}{{ScopeSess, "v", Int(2), true}, {ScopeTxn, "v", Value{}, false}, {ScopeSess, "w", Value{}, false}, {ScopeReq, "v", Value{}, false}} {
+		if v, ok := ack.Lookup(tt.scope, tt.name); ok != tt.ok || !v.Equal(tt.want) {
+			t.Errorf("%v.%s: want %v %v, have %v %v", tt.scope, tt.name, tt.want, tt.ok, v, ok)
+		}
+	}
 }

@@ -95,6 +95,140 @@ func ExampleAgent_Actor() {
 	// Output: time to go
 }
 
+// An agent with several listeners is one actor for each. One that speaks TLS is
+// made by tls.Listen.
+func ExampleAgent_Actor_listeners() {
+	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	var g run.Group
+	for range 2 {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		g.Add(agent.Actor(ln, 10*time.Second))
+	}
+	g.Add(func() error { return errors.New("time to go") }, func(error) {})
+	fmt.Println(g.Run())
+	// Output: time to go
+}
+
+// A verdict that depends on two messages of a NOTIFY: their handlers run in the
+// order of the messages and see each other's actions. Here whoever passes one
+// check is let in, unless a check fails.
+func ExampleActions_Lookup() {
+	check := func(passes func(*spoa.Message) (bool, error)) spoa.HandlerFunc {
+		return func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
+			ok, err := passes(m)
+			if err != nil {
+				a.Drop(spoa.ScopeTxn, "authenticated") // whatever earlier messages have said
+				a.SetVar(spoa.ScopeTxn, "failed", spoa.Bool(true))
+				a.Keep() // although the handler fails
+				return err
+			}
+			_, failed := a.Lookup(spoa.ScopeTxn, "failed")
+			if ok && !failed {
+				a.SetVar(spoa.ScopeTxn, "authenticated", spoa.Bool(true))
+			}
+			return nil
+		}
+	}
+	agent := spoa.New(
+		spoa.WithHandler("try-cookie", check(func(m *spoa.Message) (bool, error) {
+			return m.Value("cookie").String() == "good", nil
+		})),
+		spoa.WithHandler("try-password", check(func(m *spoa.Message) (bool, error) {
+			if m.Value("password").Kind() == spoa.KindNull {
+				return false, errors.New("no password")
+			}
+			return m.Value("password").String() == "secret", nil
+		})),
+		spoa.WithSlog(slog.New(slog.DiscardHandler)),
+	)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+	for _, password := range []string{"password=str:wrong", "password=null"} {
+		ack, err := client.Notify(context.Background(),
+			spoa.MustParseMessage("try-cookie cookie=str:good"), spoa.MustParseMessage("try-password "+password))
+		fmt.Println(ack, err)
+	}
+	// Output:
+	// [set-var txn.authenticated bool true] <nil>
+	// [set-var txn.failed bool true] <nil>
+}
+
+// Rules test an integer, as HAProxy's own `option set-on-error` sets one.
+func ExampleWithFaultVar() {
+	agent := spoa.New(
+		spoa.WithHandlerFunc("check-client-ip", checkClientIP),
+		spoa.WithFaultVar(spoa.ScopeTxn, "error", spoa.Int(255)),
+		spoa.WithFaultFunc(spoa.ScopeTxn, "why", func(f spoa.Fault, err error) spoa.Value {
+			return spoa.String(f.String() + ": " + err.Error())
+		}),
+		spoa.WithSlog(slog.New(slog.DiscardHandler)),
+	)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+	ack, err := client.Notify(context.Background(), spoa.MustParseMessage("check-client-ip null"))
+	for _, action := range ack {
+		fmt.Println(action)
+	}
+	fmt.Println(err)
+	// Output:
+	// set-var txn.error int64 255
+	// set-var txn.why string error: check-client-ip: want an address, have null
+	// <nil>
+}
+
+// Middleware is around every handler.
+func ExampleWithMiddleware() {
+	timed := func(next spoa.Handler) spoa.Handler {
+		return spoa.HandlerFunc(func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
+			err := next.ServeSPOE(ctx, m, a)
+			fmt.Println(m.Name(), "from", m.Peer().Addr.Network(), "ended with", err)
+			return err
+		})
+	}
+	agent := spoa.New(spoa.WithMiddleware(timed), spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+	client.Notify(context.Background(), spoa.MustParseMessage("check-client-ip ip:192.0.2.1"))
+	// Output: check-client-ip from tcp ended with <nil>
+}
+
 // An agent whose successor has the same listening socket, from systemd or with
 // SO_REUSEPORT, closes its own listener once the drain has begun. So HAProxy's
 // health checks and new connections are the successor's, and a restart takes a
@@ -143,8 +277,8 @@ func listenToo(l net.Listener) (net.Listener, error) {
 }
 
 // A handler is tested without a network.
-func ExampleNewMessage() {
-	m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("10.1.2.3"))})
+func ExampleMustParseMessage() {
+	m := spoa.MustParseMessage("check-client-ip ip:10.1.2.3")
 	var a spoa.Actions
 	err := checkClientIP(context.Background(), m, &a)
 	v, ok := a.Lookup(spoa.ScopeSess, "ip_score")

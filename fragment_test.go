@@ -163,3 +163,53 @@ func TestFragmentRules(t *testing.T) {
 		})
 	}
 }
+
+func TestAssembler(t *testing.T) {
+	notify := func(flags uint32, id uint64, payload string) frame {
+		return frame{kind: frameNotify, flags: flags, stream: id, id: 1, payload: []byte(payload)}
+	}
+	unset := func(flags uint32, id uint64, payload string) frame {
+		f := notify(flags, id, payload)
+		f.kind = frameUnset
+		return f
+	}
+	type step struct {
+		frame  frame
+		result assembly
+		whole  string
+		status Status // of the error; 0: none
+	}
+	for name, steps := range map[string][]step{
+		"two frames":        {{notify(0, 1, "ab"), unfinished, "", 0}, {unset(flagFIN, 1, "cd"), complete, "abcd", 0}},
+		"three frames":      {{notify(0, 1, "a"), unfinished, "", 0}, {unset(0, 1, "b"), unfinished, "", 0}, {unset(flagFIN, 1, "c"), complete, "abc", 0}},
+		"one after other":   {{notify(0, 1, "ab"), unfinished, "", 0}, {unset(flagFIN, 1, ""), complete, "ab", 0}, {notify(0, 1, "c"), unfinished, "", 0}, {unset(flagFIN, 1, "d"), complete, "cd", 0}},
+		"aborted":           {{notify(0, 1, "ab"), unfinished, "", 0}, {unset(flagAbort, 1, "cd"), unfinished, "", 0}, {unset(flagFIN, 1, ""), 0, "", StatusFrameIDNotFound}},
+		"as long as may be": {{notify(0, 1, "abcd"), unfinished, "", 0}, {unset(flagFIN, 1, "efgh"), complete, "abcdefgh", 0}},
+		"too long": {{notify(0, 1, "abcd"), unfinished, "", 0}, {unset(0, 1, "efghi"), tooLong, "", 0},
+			{unset(0, 1, "rest"), unfinished, "", 0}, {unset(flagFIN, 1, ""), unfinished, "", 0}, {unset(flagFIN, 1, ""), 0, "", StatusFrameIDNotFound}},
+		"too long at its end": {{notify(0, 1, "abcd"), unfinished, "", 0}, {unset(flagFIN, 1, "efghi"), tooLong, "", 0}, {unset(flagFIN, 1, ""), 0, "", StatusFrameIDNotFound}},
+		"too long at once":    {{notify(0, 1, "abcdefghi"), tooLong, "", 0}, {notify(0, 2, "a"), unfinished, "", 0}, {unset(flagFIN, 2, "b"), complete, "ab", 0}},
+		"another begun":       {{notify(0, 1, "ab"), unfinished, "", 0}, {notify(0, 2, "cd"), 0, "", StatusInterlaced}},
+		"other ids":           {{notify(0, 1, "ab"), unfinished, "", 0}, {unset(flagFIN, 2, "cd"), 0, "", StatusInterlaced}},
+		"no beginning":        {{unset(flagFIN, 1, "ab"), 0, "", StatusFrameIDNotFound}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := assembler{max: 8}
+			for i, s := range steps {
+				payload, result, err := g.add(&s.frame)
+				status := StatusNormal
+				if d, ok := err.(*DisconnectError); ok {
+					status = d.Status
+				}
+				if string(payload) != s.whole || result != s.result || status != s.status {
+					t.Errorf("frame %d: want %q, %d, status %v; have %q, %d, %v", i, s.whole, s.result, s.status, payload, result, err)
+				}
+			}
+		})
+	}
+	var none assembler
+	f := notify(0, 1, "ab")
+	if _, _, err := none.add(&f); err == nil || err.(*DisconnectError).Status != StatusNoFragmentation {
+		t.Errorf("without fragmentation: want %v, have %v", StatusNoFragmentation, err)
+	}
+}

@@ -53,23 +53,23 @@ const version = "2.0"
 // Status is a SPOP status code: why a connection was closed (SPOE.txt 3.2.9).
 type Status uint32
 
-// The status codes that SPOP knows.
+// The status codes that SPOP knows, and when an Agent sends each.
 const (
-	StatusNormal          Status = 0
-	StatusIO              Status = 1
-	StatusTimeout         Status = 2
-	StatusFrameTooBig     Status = 3
-	StatusInvalidFrame    Status = 4
-	StatusNoVersion       Status = 5
-	StatusNoFrameSize     Status = 6
-	StatusNoCapabilities  Status = 7
-	StatusBadVersion      Status = 8
-	StatusBadFrameSize    Status = 9
-	StatusNoFragmentation Status = 10
-	StatusInterlaced      Status = 11
-	StatusFrameIDNotFound Status = 12
-	StatusNoResources     Status = 13
-	StatusUnknown         Status = 99
+	StatusNormal          Status = 0  // a drain, WithRotation, or the answer to a HAPROXY-DISCONNECT
+	StatusIO              Status = 1  // never; a Client reports a broken connection by it
+	StatusTimeout         Status = 2  // WithHelloTimeout or WithIdleTimeout is over
+	StatusFrameTooBig     Status = 3  // a frame exceeds the negotiated size
+	StatusInvalidFrame    Status = 4  // a frame is malformed, or not one that may come here
+	StatusNoVersion       Status = 5  // the HELLO has no supported-versions
+	StatusNoFrameSize     Status = 6  // the HELLO has no max-frame-size
+	StatusNoCapabilities  Status = 7  // the HELLO has no capabilities
+	StatusBadVersion      Status = 8  // the HELLO does not list version 2.0
+	StatusBadFrameSize    Status = 9  // the HELLO has a max-frame-size below 256
+	StatusNoFragmentation Status = 10 // a frame is fragmented, without WithFragmentation
+	StatusInterlaced      Status = 11 // a fragment is of another NOTIFY than the one before
+	StatusFrameIDNotFound Status = 12 // a fragment has no beginning
+	StatusNoResources     Status = 13 // there are as many connections as WithMaxConns allows
+	StatusUnknown         Status = 99 // never; what a DISCONNECT without a status is taken for
 )
 
 // statusText holds the specification's words for a status and, where there is
@@ -194,7 +194,7 @@ func appendVarint(b []byte, v uint64) []byte {
 	return append(b, byte(v))
 }
 
-// varint decodes a varint at the beginning of b and says how many bytes it
+// varint decodes a varint at the beginning of b and returns how many bytes it
 // takes: 0 if it is cut short, longer than 10 bytes, or beyond 64 bits.
 func varint(b []byte) (v uint64, n int) {
 	if len(b) > 0 && b[0] < 240 {
@@ -588,8 +588,8 @@ func (f *frame) parse(b []byte) bool {
 	return m > 0
 }
 
-// beginFrame appends the beginning of a frame; finishFrame, told where that
-// was, fills in the length.
+// beginFrame appends the beginning of a frame. The length is filled in by
+// finishFrame.
 func beginFrame(b []byte, kind byte, flags uint32, stream, id uint64) []byte {
 	b = append(b, 0, 0, 0, 0, kind)
 	b = binary.BigEndian.AppendUint32(b, flags)
@@ -631,7 +631,7 @@ type hello struct {
 	healthcheck  bool
 }
 
-// can tells whether the comma list of capabilities holds name.
+// can reports whether the comma list of capabilities holds name.
 func (h *hello) can(name string) bool {
 	for c := range strings.SplitSeq(h.capabilities, ",") {
 		if strings.TrimSpace(c) == name {
@@ -829,8 +829,8 @@ func (g *assembler) swap(buf []byte) []byte {
 	return whole
 }
 
-// speaksVersion2 tells whether a list of versions holds 2.0: whoever speaks 2.x
-// speaks all before it back to 2.0.
+// speaksVersion2 reports whether a list of versions holds 2.0, or a later 2.x, which
+// includes it.
 func speaksVersion2(list string) bool {
 	for v := range strings.SplitSeq(list, ",") {
 		if minor, ok := strings.CutPrefix(strings.TrimSpace(v), "2."); ok {
@@ -1610,9 +1610,9 @@ func (a *Actions) fallBack() { a.buf = a.kept }
 // handler that is late has none of its actions sent.
 func (a *Actions) Keep() { a.kept = a.buf }
 
-// Drop takes back all actions on a variable, also those of earlier messages of the
-// NOTIFY, and reports whether there were any. HAProxy does not hear of them. If the
-// handler fails, they are there again.
+// Drop removes all actions on a variable, also those of earlier messages of the
+// NOTIFY, and reports whether there were any. They are not sent, unless the handler
+// fails and has not called Keep since.
 func (a *Actions) Drop(s Scope, name string) bool {
 	// Others may still read the old bytes, and may have to come back to them.
 	var rest []byte
@@ -1635,7 +1635,7 @@ func (a *Actions) Drop(s Scope, name string) bool {
 	return dropped
 }
 
-// SetVar sets a variable. HAProxy puts its scope and the agent's var-prefix in
+// SetVar sets a variable (SPOE.txt 3.4). HAProxy puts its scope and the agent's var-prefix in
 // front of the name, and silently ignores a variable whose full name
 // ("sess.iprep.ip_score") is longer than 63 bytes, or that no rule of its
 // configuration mentions and nothing registers.
@@ -1645,7 +1645,7 @@ func (a *Actions) SetVar(s Scope, name string, v Value) {
 	}
 }
 
-// UnsetVar unsets a variable.
+// UnsetVar unsets a variable (SPOE.txt 3.4).
 func (a *Actions) UnsetVar(s Scope, name string) {
 	if b, ok := a.beginAction(actionUnsetVar, 2, s, name, 0); ok {
 		a.endAction(b, name)

@@ -176,3 +176,32 @@ func TestHealthCheck(t *testing.T) {
 		})
 	}
 }
+
+func TestNegotiate(t *testing.T) {
+	all := terms{frameSize: 1000, pipelining: true, async: true, fragmentation: true}
+	for _, tt := range []struct {
+		name string
+		peer hello
+		own  terms
+		want terms
+		caps string
+	}{
+		{"all", hello{frameSize: 2000, capabilities: "pipelining,async", engineID: "e"}, all, all, "pipelining,async,fragmentation"},
+		{"nothing offered", hello{frameSize: 2000, engineID: "e"}, all, terms{frameSize: 1000, fragmentation: true}, "fragmentation"},
+		{"nothing of our own", hello{frameSize: 2000, capabilities: "pipelining,async,fragmentation", engineID: "e"}, terms{frameSize: 1000}, terms{frameSize: 1000}, ""},
+		{"async without an engine-id", hello{frameSize: 2000, capabilities: "async"}, all, terms{frameSize: 1000, fragmentation: true}, "fragmentation"},
+		{"spaces and unknown names", hello{frameSize: 2000, capabilities: " pipelining , other"}, terms{frameSize: 1000, pipelining: true}, terms{frameSize: 1000, pipelining: true}, "pipelining"},
+		{"the peer's frame size is less", hello{frameSize: 256}, terms{frameSize: 1000}, terms{frameSize: 256}, ""},
+		{"the largest frame size", hello{frameSize: math.MaxUint32}, terms{frameSize: maxFrameSize}, terms{frameSize: maxFrameSize}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			have := negotiate(&tt.peer, tt.own)
+			if have != tt.want {
+				t.Errorf("want %+v, have %+v", tt.want, have)
+			}
+			if caps := have.capabilities(); caps != tt.caps {
+				t.Errorf("want capabilities %q, have %q", tt.caps, caps)
+			}
+		})
+	}
+}

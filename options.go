@@ -35,7 +35,7 @@ type options struct {
 	handlerTimeout time.Duration
 	faultVars      []faultVar
 	faultFuncs     bool               // one of them depends on the error
-	faultActions   [faultCount][]byte // the actions that tell of each fault
+	faultActions   [faultCount][]byte // the variables of each fault, as actions
 	logger         log.Logger
 	debug          bool
 	hooks          Hooks
@@ -104,7 +104,7 @@ func atLeast[N int | time.Duration](o *options, option string, n, least N) {
 // maxTimeout is as good as none; sums with it don't overflow.
 const maxTimeout = 100 * 365 * 24 * time.Hour
 
-// timeout returns d, of which it notes if it is too short.
+// timeout returns d, and notes a bad option if that is less than least.
 func (o *options) timeout(option string, d, least time.Duration) time.Duration {
 	atLeast(o, option, d, least)
 	return min(d, maxTimeout)
@@ -187,8 +187,10 @@ func WithFallback(h Handler) Option {
 	}
 }
 
-// WithWorkers bounds how many handlers of the agent run at once, 256 by
-// default. Beyond that NOTIFYs wait, shared fairly between the connections.
+// WithWorkers bounds how many handlers of the agent run at once: 1 or more, 256 by
+// default. Beyond that NOTIFYs wait, and connections take turns. A handler that
+// is late goes on counting until it returns. Goroutines are started as needed,
+// none in advance.
 func WithWorkers(n int) Option {
 	return func(o *options) {
 		atLeast(o, "WithWorkers", n, 1)
@@ -196,24 +198,29 @@ func WithWorkers(n int) Option {
 	}
 }
 
-// WithPipelining sets how many NOTIFYs of one connection may be waiting for
-// their ACK, 32 by default; HAProxy uses up to 20. Beyond that the connection
-// is not read. With n of 1 or less the capability is not announced, and HAProxy
-// sends one at a time.
+// WithPipelining sets how many NOTIFYs of one connection may wait for their ACK,
+// 32 by default; HAProxy uses up to 20. Beyond that the connection is not read.
+// With n of 1 or less the capability pipelining is not announced (SPOE.txt 3.2.1),
+// and HAProxy sends one at a time. There is no upper bound to n, but one of
+// memory: a connection with 1 MiB of NOTIFYs in flight, or an agent with 64 MiB,
+// reads no more until some are answered.
 func WithPipelining(n int) Option {
 	return func(o *options) { o.pipelining = max(n, 1) }
 }
 
-// WithAsync announces the capability async to a HAProxy that offers it and has
-// an engine-id (HAProxy up to 3.0). An ACK still leaves on the connection of its
-// NOTIFY; if that has gone, by another one of the same engine-id and Serve.
+// WithAsync announces the capability async (SPOE.txt 3.2.1) to a HAProxy that
+// offers it and has an engine-id, which is HAProxy up to 3.0. An ACK still leaves
+// on the connection of its NOTIFY; if that was lost, by another one of the same
+// engine-id and Serve.
 func WithAsync() Option {
 	return func(o *options) { o.async = true }
 }
 
 // WithFragmentation announces the capability fragmentation and reassembles
-// NOTIFYs that HAProxy (up to 3.0) sends in several frames, up to max bytes
-// each. A longer one is refused with an ACK that carries ABORT.
+// NOTIFYs that HAProxy (up to 3.0) sends in several frames (SPOE.txt 3.3). Max is
+// the size of a NOTIFY in bytes: 256 or more. A longer one is refused with an ACK
+// that carries ABORT; one that is not complete within WithHelloTimeout ends its
+// connection. A connection may take up to max bytes of memory beside others.
 func WithFragmentation(max int) Option {
 	return func(o *options) {
 		atLeast(o, "WithFragmentation", max, minFrameSize)
@@ -221,9 +228,10 @@ func WithFragmentation(max int) Option {
 	}
 }
 
-// WithMaxFrameSize sets the upper bound in the negotiation of the frame size,
-// in bytes without the length field: 256 or more, 65535 by default. HAProxy
-// offers its tune.bufsize less 4.
+// WithMaxFrameSize sets the upper bound in the negotiation of the frame size
+// (SPOE.txt 3.2.4, 3.2.5), in bytes without the length field: from 256 to 1<<28,
+// 65535 by default. HAProxy offers its tune.bufsize less 4. A connection's buffer
+// grows to the largest frame that was received, and shrinks when it is idle.
 func WithMaxFrameSize(n int) Option {
 	return func(o *options) {
 		atLeast(o, "WithMaxFrameSize", n, minFrameSize)
@@ -248,8 +256,8 @@ func WithMaxConns(n int) Option {
 	}
 }
 
-// WithRotation closes a connection after that many NOTIFYs, as soon as none is
-// in flight. HAProxy may lose the request that it sends at that very moment, so
+// WithRotation closes a connection after that many NOTIFYs, 1 or more, as soon as
+// none is in flight. HAProxy may lose the request that it sends at that very moment, so
 // this is off by default.
 func WithRotation(notifies int) Option {
 	return func(o *options) {
@@ -258,17 +266,18 @@ func WithRotation(notifies int) Option {
 	}
 }
 
-// WithHelloTimeout sets how long a peer may take for its HELLO, and for any
-// later frame once that has begun: 10 s by default.
+// WithHelloTimeout sets how long a peer may take for its HELLO, and for any later
+// frame or fragmented NOTIFY once that has begun: more than 0, 10 s by default. A
+// peer that takes longer is sent an AGENT-DISCONNECT with StatusTimeout.
 func WithHelloTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.helloTimeout = o.timeout("WithHelloTimeout", d, 1)
 	}
 }
 
-// WithIdleTimeout closes connections on which nothing has come for that long
-// and nothing is in flight. Off by default: HAProxy's connections are idle when
-// its clients are.
+// WithIdleTimeout closes a connection that has received nothing for that long and
+// has nothing in flight, with StatusTimeout. It is off by default: HAProxy's
+// connections are idle when its clients are.
 func WithIdleTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.idleTimeout = o.timeout("WithIdleTimeout", d, 1)
@@ -276,19 +285,24 @@ func WithIdleTimeout(d time.Duration) Option {
 }
 
 // WithWriteTimeout sets how long a peer may leave an ACK unread before its
-// connection is closed, within a quarter: 10 s by default.
+// connection is closed: more than 0, 10 s by default. It may take a quarter
+// longer.
 func WithWriteTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.writeTimeout = o.timeout("WithWriteTimeout", d, 1)
 	}
 }
 
-// WithHandlerTimeout sets how long after its arrival a NOTIFY is answered at
-// the latest, within about 2 ms, also if its handler goes on: a little less than
-// HAProxy's `timeout processing`. The handler's context has that deadline. The
-// actions of the messages already done are sent, those that a late handler sets
-// are dropped. A NOTIFY whose turn comes only after that time is answered
-// without a call of its handler. Off by default.
+// WithHandlerTimeout sets how long after its arrival a NOTIFY is answered at the
+// latest, within about 2 ms, even if its handler goes on. It is a millisecond or
+// more and should be a little less than HAProxy's `timeout processing`. It is off
+// by default. WithHandler takes a Timeout for one kind of message.
+//
+// The handler's context has that deadline. The actions of messages that are done
+// are sent; those of the late handler are not, and it counts as one of
+// WithWorkers until it returns. A NOTIFY whose turn comes only after that time is
+// answered without a call of its handler. With a timeout a NOTIFY costs an
+// allocation, for its context.
 func WithHandlerTimeout(d time.Duration) Option {
 	return func(o *options) {
 		o.handlerTimeout = o.timeout("WithHandlerTimeout", d, time.Millisecond)
@@ -357,7 +371,7 @@ func WithFaultFunc(s Scope, name string, f func(Fault, error) Value) Option {
 	}
 }
 
-// faultVar is a variable that tells HAProxy of a fault.
+// faultVar is a variable that is set in the ACK of a NOTIFY with a fault.
 type faultVar struct {
 	scope Scope
 	name  string
@@ -387,14 +401,16 @@ var faultErrors = [faultCount]error{
 	FaultNoHandler: ErrNoHandler,
 }
 
-// prepareFaults computes the actions of faults, as far as they are known before.
+// prepareFaults computes the actions of each fault, for the errors that are known
+// in advance.
 func (o *options) prepareFaults() {
 	for f := FaultError; f < faultCount; f++ {
 		o.faultActions[f] = o.newFaultActions(f, faultErrors[f], maxFaultActions)
 	}
 }
 
-// newFaultActions returns the actions that tell of a fault, of up to size bytes.
+// newFaultActions returns the actions that set the variables of a fault. They take
+// up to size bytes.
 func (o *options) newFaultActions(f Fault, err error, size int) []byte {
 	a := Actions{max: size}
 	for _, v := range o.faultVars {
@@ -408,8 +424,8 @@ func (o *options) newFaultActions(f Fault, err error, size int) []byte {
 	return a.buf
 }
 
-// valueOf calls the user's function. If that panics the kind of the fault, at
-// least, is told.
+// valueOf returns the value for a fault. If the user's function panics it is the
+// name of the fault.
 func (v *faultVar) valueOf(f Fault, err error) (value Value) {
 	defer func() {
 		if recover() != nil {
@@ -510,41 +526,45 @@ func WithLogger(l log.Logger) Option {
 	}
 }
 
-// WithDebug logs every frame in readable form, at level debug.
+// WithDebug logs every frame in readable form, at level debug. The logger must let
+// that level through, which the default does not.
 func WithDebug(on bool) Option {
 	return func(o *options) { o.debug = on }
 }
 
-// WithHooks sets functions that are called as things happen.
+// WithHooks sets functions that are called as things happen. It replaces those of
+// an earlier WithHooks.
 func WithHooks(h Hooks) Option {
 	return func(o *options) { o.hooks = h }
 }
 
-// Hooks are called as things happen, to count them or to trace them. Each may
-// be nil. They are called by many goroutines at once, must not block, and must
-// not call the agent's Shutdown.
+// Hooks are called as things happen, to count them or to trace them. Each may be
+// nil. They are called by many goroutines at once: ConnOpened by the one that
+// accepts connections, the others by the one that serves a connection, or by a
+// worker's. While a hook runs, that goroutine does nothing else, so it must not
+// block. It may call the agent's methods, but for Serve and Shutdown.
 type Hooks struct {
 	// ConnOpened: a connection was accepted. Only its Addr is known yet.
 	ConnOpened func(p Peer)
 
-	// ConnClosed: it has ended, with what its HELLO said if it had one. The
-	// error is nil if it just ended, a *DisconnectError if either side said
-	// why.
+	// ConnClosed: a connection has ended. The error is nil if the peer closed
+	// it, or the agent did without a fault; it is a *DisconnectError if either
+	// side sent a reason.
 	ConnClosed func(p Peer, err error)
 
-	// Handled: a message was dealt with, in that time. The error is the
-	// handler's, a *PanicError, ErrNoHandler, ErrOverload if it was not called
-	// for want of time, or context.DeadlineExceeded if it returned too late.
+	// Handled: a message was handled, in that time. The error is the handler's,
+	// a *PanicError, ErrNoHandler, ErrOverload if its turn came too late, or
+	// context.DeadlineExceeded if it returned too late.
 	Handled func(message string, took time.Duration, err error)
 
-	// Message is Handled with all there is to know.
+	// Message: the same, with all there is to know.
 	Message func(e MessageEvent)
 }
 
-// MessageEvent says how a message was dealt with.
+// MessageEvent is how a message was handled.
 type MessageEvent struct {
 	Message string        // its name, which the peer chose
-	Peer    Peer          // whose it is
+	Peer    Peer          // of its connection
 	Took    time.Duration // by the handler's call; 0 if there was none
 	Err     error         // as Hooks.Handled has it
 	Fault   Fault         // what WithFaultVar sends for Err; 0 if that is nil
@@ -554,7 +574,7 @@ type MessageEvent struct {
 // Peer is the other end of a connection.
 type Peer struct {
 	Addr         net.Addr
-	EngineID     string // of its HELLO, empty if it had none
+	EngineID     string // of its HELLO, empty if it had none; any bytes, up to a frame
 	Capabilities string // those agreed on, a comma list
 	FrameSize    int    // the one agreed on; 0 before the HELLO
 	HealthCheck  bool   // the HELLO was a health check

@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -707,5 +709,26 @@ func TestDefaultLogger(t *testing.T) {
 	level.Error(o.logger).Log("msg", "error")
 	if want, have := `{"level":"WARN","msg":"warn"}`+"\n"+`{"level":"ERROR","msg":"error"}`+"\n", lines.String(); want != have {
 		t.Errorf("want\n%shave\n%s", want, have)
+	}
+}
+
+// The README's table names every option.
+func TestOptionTable(t *testing.T) {
+	source, err := os.ReadFile("options.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := regexp.MustCompile(`(?m)^func (With\w+)\(`).FindAllSubmatch(source, -1)
+	if len(options) < 20 {
+		t.Fatalf("want 20 options or more, have %d", len(options))
+	}
+	for _, o := range options {
+		if !regexp.MustCompile(`(?m)^\|.*` + "`" + string(o[1]) + `\b.*\|$`).Match(readme) {
+			t.Errorf("want %s in the table, have it not", o[1])
+		}
 	}
 }

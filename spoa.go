@@ -22,7 +22,8 @@
 //
 // Every NOTIFY is answered by exactly one ACK, whatever its handler does.
 // [Agent.Shutdown] ends an agent without the loss of a request. What HAProxy
-// sends is in section 3 of its doc/SPOE.txt.
+// sends is in section 3 of https://github.com/haproxy/haproxy/blob/master/doc/SPOE.txt,
+// which the documentation here means by SPOE.txt.
 package spoa
 
 import (
@@ -159,6 +160,21 @@ func (a *Agent) Serve(nl net.Listener) error {
 		return ErrAgentClosed
 	}
 	return err
+}
+
+// ListenAndServe listens on a network and address as net.Listen does, such as
+// "tcp" and "127.0.0.1:9000", or "unix" and a path, and calls Serve. For TLS call
+// Serve with the listener of tls.Listen. With the usual umask a unix socket is its
+// owner's alone; to share it call net.Listen, os.Chmod and Serve.
+func (a *Agent) ListenAndServe(network, address string) error {
+	if a.phase.Load() != serving {
+		return ErrAgentClosed
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return err
+	}
+	return a.Serve(l)
 }
 
 // ending forgets a listener that accepts no more, and reports whether the agent
@@ -342,7 +358,8 @@ func (a *Agent) Close() error {
 // Actor returns the agent as an actor of a group of github.com/oklog/run. Its
 // execute is Serve. A group calls interrupts one after another, so this one only
 // begins a Shutdown that may last as long as grace, and returns; execute returns
-// when that is done.
+// when that is done. An agent with several listeners is that many actors of one
+// group: Actor is called for each.
 func (a *Agent) Actor(l net.Listener, grace time.Duration) (execute func() error, interrupt func(error)) {
 	execute = func() error { return a.Serve(l) }
 	interrupt = func(error) {

@@ -19,16 +19,22 @@ import (
 // Handler answers one kind of message.
 //
 // ServeSPOE reads the arguments from m and adds the actions of its answer to a.
-// Neither may be used after it has returned: values that stay are copied first.
-// It is called by many goroutines at once, for one NOTIFY in the order of its
-// messages.
+// Neither may be used after it has returned: values that are kept must be copied
+// first. It is called by many goroutines at once.
 //
-// If it returns an error or panics, none of its own actions is sent; the NOTIFY
-// is answered all the same. A panic is recovered and logged.
+// The handlers of a NOTIFY are called one after the other, in the order of its
+// messages, and share its Actions: a handler sees what earlier ones have set, by
+// Actions.Lookup, and can remove it.
 //
-// The context is cancelled when the connection has gone or the agent is closed,
-// and has a deadline with WithHandlerTimeout. HAProxy doesn't tell when it has
-// given up on a request, so whatever may take long should have one.
+// If it returns an error or panics, none of its own actions is sent, except those
+// before a call of Actions.Keep; the NOTIFY is answered all the same, and
+// WithFaultVar says how. A panic is recovered and logged.
+//
+// The context is cancelled when the connection is lost or the agent is closed,
+// and has a deadline if there is a handler timeout. After the deadline no action
+// of the handler is sent, so a handler that keeps state for a later message should
+// look at ctx.Err before. HAProxy does not report that it has given up on a
+// request: what may take long needs a timeout.
 type Handler interface {
 	ServeSPOE(ctx context.Context, m *Message, a *Actions) error
 }
@@ -43,10 +49,11 @@ func (f HandlerFunc) ServeSPOE(ctx context.Context, m *Message, a *Actions) erro
 
 // PanicError is the error of a handler that panicked.
 type PanicError struct {
-	Value any
-	Stack []byte
+	Value any    // of the panic
+	Stack []byte // as runtime/debug.Stack returns it
 }
 
+// Error returns the value of the panic in words.
 func (e *PanicError) Error() string { return fmt.Sprintf("spoa: handler panicked: %v", e.Value) }
 
 // Unwrap returns the value of the panic, if that is an error.
@@ -55,7 +62,7 @@ func (e *PanicError) Unwrap() error {
 	return err
 }
 
-// What Hooks.Handled is told of a message that no handler was called for.
+// The errors of messages for which no handler was called, in Hooks.
 var (
 	ErrNoHandler = errors.New("spoa: no handler for this message")
 	ErrOverload  = errors.New("spoa: waited too long for its turn")
@@ -68,7 +75,7 @@ var errGoexit = errors.New("spoa: handler called runtime.Goexit")
 // is none.
 type Fault uint8
 
-// The faults. WithFaultVar tells HAProxy of them.
+// The faults, which WithFaultVar reports to HAProxy.
 const (
 	FaultError     Fault = iota + 1 // the handler returned an error, or Actions.Err
 	FaultPanic                      // it panicked

@@ -13,9 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -38,7 +36,7 @@ func main() {
 }
 
 func realMain(args []string, stdout, stderr io.Writer) int {
-	c, err := parse(args)
+	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(stdout, usage)
@@ -54,6 +52,9 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		if err != nil {
 			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 			return 1
+		}
+		for _, note := range c.notes {
+			fmt.Fprintf(stderr, "spoa: %s\n", note)
 		}
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
@@ -77,7 +78,8 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ";
 
 const (
 	message       = "check-client-ip"
-	maxFragmented = 1 << 20 // bytes of a NOTIFY put together from fragments
+	faultVariable = "ip_fault" // of scope txn: why an ACK has no verdict
+	maxFragmented = 1 << 20    // bytes of a NOTIFY put together from fragments
 )
 
 // newAgent returns an agent with that handler.
@@ -89,6 +91,7 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithDebug(c.debug),
 		spoa.WithLogger(logger),
 		spoa.WithHooks(hooks),
+		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -155,7 +158,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		_ = s.sources.prepare(first) // logs; what is missing is pulled later
 		cancel()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{c.proxies}, score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -189,11 +192,14 @@ func serve(c *config, stderr io.Writer) error {
 	case err != nil:
 		return err
 	}
+	for _, note := range c.notes {
+		level.Warn(logger).Log("msg", note)
+	}
 	var g run.Group
 	g.Add(func() error { return s.serve(end) }, func(error) { s.drain() })
 	g.Add(actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
 	if s.web != nil {
-		level.Info(logger).Log("msg", "metrics", "addr", s.web.Addr())
+		level.Info(logger).Log("msg", "metrics", "addr", listen.Name(s.web.Addr()), "access", (*listen.TLS)(nil).Access(s.web.Addr()))
 		g.Add(s.status.Actor(s.web))
 	}
 	if s.lists != nil {
@@ -226,7 +232,7 @@ func (s *service) begin() {
 func (s *service) serve(end <-chan os.Signal) error {
 	errs := make(chan error)
 	for _, l := range s.listeners {
-		level.Info(s.logger).Log("msg", "listening", "addr", l.Addr(), "access", s.tls.Access(l.Addr()))
+		level.Info(s.logger).Log("msg", "listening", "addr", listen.Name(l.Addr()), "access", s.tls.Access(l.Addr()))
 		go func() { errs <- s.serveOne(l) }()
 	}
 	var failed, signalled error
@@ -297,57 +303,5 @@ func (s *service) reloadOnce(ctx context.Context) {
 func (s *service) notifySystemd(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		level.Warn(s.logger).Log("msg", "cannot notify systemd", "err", err)
-	}
-}
-
-// scorer sets the variables of an address.
-type scorer func(context.Context, netip.Addr, *spoa.Actions)
-
-// newScorer returns one that goes by lists, or by chance if there are none, and
-// reports to judged every verdict.
-func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
-	if l == nil {
-		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
-			judged("", false)
-			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
-		}
-	}
-	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
-		v := l.Lookup(ip)
-		listed := v.State == lists.Listed
-		if !listed {
-			v.List = ""
-		}
-		judged(v.List, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
-		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
-		} else {
-			// A session of several requests may have had one before a reload.
-			a.UnsetVar(spoa.ScopeSess, "ip_list")
-		}
-	}
-}
-
-// checkClientIP returns the handler of check-client-ip. It ignores what is no
-// address.
-func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
-	return func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
-		if delay > 0 {
-			t := time.NewTimer(delay)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		if m.Len() != 1 {
-			return nil
-		}
-		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ctx, ip, a)
-		}
-		return nil
 	}
 }

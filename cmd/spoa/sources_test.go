@@ -27,8 +27,8 @@ func TestSourceFlags(t *testing.T) {
 		"-crowdsec 127.0.0.1:1 -crowdsec-key /dev/null":            "-crowdsec: ",
 		"-crowdsec-interval 0s":                                    "-crowdsec-interval 0s: want more than 0",
 		"-crowdsec-score ban=101":                                  "want TYPE=SCORE",
-		"-budget -1ms":                                             "-budget -1ms: want no less than 0",
-		"-deny-below 101":                                          "-deny-below 101: want a score",
+		"-budget -1ms":                                             "flag -budget: want a time",
+		"-deny-below 101":                                          "flag -deny-below: want a score from 0 to 100",
 		"-dnsbl a..b":                                              "no name of a zone",
 		"-country XX=1":                                            "-country and -asn need -mmdb",
 		"-asn 64496=1":                                             "-country and -asn need -mmdb",
@@ -74,7 +74,7 @@ func TestCrowdSecKey(t *testing.T) {
 		{"from-env", "from-file", []string{"-crowdsec-key", path}},
 	} {
 		t.Setenv("SPOA_CROWDSEC_KEY", test.env)
-		c, err := parse(append(test.args, "-crowdsec", api.URL))
+		c, err := parse(append(test.args, "-crowdsec", api.URL), os.Environ())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,7 +117,7 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		"203.0.113.0/25": mmdbtest.ASN(64496, "Bad Network"), "203.0.113.128/25": mmdbtest.Country("CH"),
 	})
 	c, err := parse(append(args, "-reputation", file("block.txt", "203.0.113.1\n203.0.113.2\n")+"=10", "-allow", file("office.txt", "203.0.113.9\n"),
-		"-crowdsec", api.URL, "-crowdsec-key", file("key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60"))
+		"-crowdsec", api.URL, "-crowdsec-key", file("key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		t.Fatal(err)
 	}
 	v := new(verdicts)
-	return checkClientIP(0, s.scorer(v.judged, v.wouldDeny)), v
+	return checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny)), v
 }
 
 // verdicts is what a scorer reports.
@@ -279,7 +279,7 @@ func TestSourcesLookUp(t *testing.T) {
 }
 
 func TestSourcesNone(t *testing.T) {
-	c, err := parse(nil)
+	c, err := parse(nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -157,7 +157,12 @@ func (st *Status) registerMessages() {
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
 		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+	random := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "spoa_random_scores", Help: "1 if there is no list or other source: scores are random then, for trying out only.",
+	})
+	st.registry.MustRegister(random)
 	if st.config.Lists == nil && st.config.Sources == nil {
+		random.Set(1)
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
@@ -305,7 +310,8 @@ func listDesc(name, help string, more ...string) *prometheus.Desc {
 
 // Describe implements prometheus.Collector.
 func (st *Status) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc} {
+	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc,
+		refusedDesc, warningsDesc, checkedDesc, statusDesc, nextDesc} {
 		ch <- d
 	}
 }
@@ -335,6 +341,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
+		collectList(s, labels, send)
 	}
 }
 

@@ -24,8 +24,8 @@ import (
 // A Database is a reputation.Locator of one file, which may change at any time.
 // A file that is not whole does not come into force.
 //
-// Files are read into memory and not mapped: one that is written over would take
-// the process with it.
+// What a file says is kept in another form, which is quicker to search; so a file
+// may also be written over in place.
 type Database struct {
 	path   string
 	logger log.Logger
@@ -36,12 +36,13 @@ type Database struct {
 	problem string      // of the last reload; empty if it succeeded
 }
 
-// data is what a file holds. Places are decoded beforehand, so that lookups do
-// not allocate and no record is met that cannot be decoded.
+// data is what is used of a file.
 type data struct {
-	reader   *maxminddb.Reader
-	places   map[uintptr]*place // by offset of the record
-	networks int
+	kind     string // of the database
+	built    time.Time
+	networks int     // with a record
+	places   []place // by number; that of number 0 is unknown
+	runs     *runs
 }
 
 type place struct {
@@ -62,9 +63,6 @@ func Open(path string, logger log.Logger) (*Database, error) {
 // Locate implements reputation.Locator.
 func (d *Database) Locate(s reputation.Subject) reputation.Subject {
 	p := d.data.Load().lookup(s.Addr)
-	if p == nil {
-		return s
-	}
 	if s.Country == "" {
 		s.Country = p.country
 	}
@@ -74,16 +72,7 @@ func (d *Database) Locate(s reputation.Subject) reputation.Subject {
 	return s
 }
 
-func (d *data) lookup(addr netip.Addr) *place {
-	if !addr.IsValid() {
-		return nil
-	}
-	r := d.reader.Lookup(addr)
-	if !r.Found() {
-		return nil
-	}
-	return d.places[r.Offset()]
-}
+func (d *data) lookup(addr netip.Addr) *place { return &d.places[d.runs.lookup(addr)] }
 
 // Status implements reputation.Reporter. Updated is when the database was built.
 func (d *Database) Status() reputation.Status {
@@ -92,7 +81,7 @@ func (d *Database) Status() reputation.Status {
 	data := d.data.Load()
 	return reputation.Status{
 		Name: filepath.Base(d.path), Kind: "mmdb", Entries: data.networks,
-		Updated: data.reader.Metadata.BuildTime(), Problem: d.problem,
+		Updated: data.built, Problem: d.problem,
 	}
 }
 
@@ -127,8 +116,7 @@ func (d *Database) load() error {
 		return err
 	}
 	d.data.Store(data)
-	level.Info(d.logger).Log("msg", "database loaded", "file", d.path, "type", data.reader.Metadata.DatabaseType,
-		"built", data.reader.Metadata.BuildTime().UTC().Format(time.DateOnly),
+	level.Info(d.logger).Log("msg", "database loaded", "file", d.path, "type", data.kind, "built", data.built.UTC().Format(time.DateOnly),
 		"networks", data.networks, "places", len(data.places), "took", time.Since(start))
 	return nil
 }
@@ -158,37 +146,41 @@ func cause(err error) error {
 	return err
 }
 
+// parse reads all records of a database. It keeps nothing of b.
 func parse(b []byte) (*data, error) {
 	r, err := maxminddb.OpenBytes(b)
 	if err != nil {
 		return nil, err
 	}
-	d := &data{reader: r, places: make(map[uintptr]*place)}
-	known := make(map[place]*place)
-	useful := false
+	d := &data{kind: r.Metadata.DatabaseType, built: r.Metadata.BuildTime(), places: make([]place, 1)}
+	numbers := map[place]uint32{{}: 0}
+	known := make(map[uintptr]uint32) // places by offset of their record
+	var networks []network
 	for res := range r.Networks() {
 		if err := res.Err(); err != nil {
 			return nil, err
 		}
 		d.networks++
-		offset := res.Offset()
-		if _, ok := d.places[offset]; ok {
-			continue
+		number, ok := known[res.Offset()]
+		if !ok {
+			var v any
+			if err := res.Decode(&v); err != nil {
+				return nil, fmt.Errorf("%v: %w", res.Prefix(), err)
+			}
+			p := placeOf(v)
+			if number, ok = numbers[p]; !ok {
+				number = uint32(len(d.places))
+				numbers[p] = number
+				d.places = append(d.places, p)
+			}
+			known[res.Offset()] = number
 		}
-		var v any
-		if err := res.Decode(&v); err != nil {
-			return nil, fmt.Errorf("%v: %w", res.Prefix(), err)
-		}
-		p := placeOf(v)
-		if known[p] == nil {
-			known[p] = &p
-		}
-		d.places[offset] = known[p]
-		useful = useful || p != place{}
+		networks = append(networks, network{res.Prefix(), number})
 	}
-	if !useful {
-		return nil, fmt.Errorf("no countries and no networks in this database of type %q", r.Metadata.DatabaseType)
+	if len(d.places) == 1 {
+		return nil, fmt.Errorf("no countries and no networks in this database of type %q", d.kind)
 	}
+	d.runs = newRuns(networks)
 	return d, nil
 }
 

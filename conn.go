@@ -29,28 +29,34 @@ const (
 )
 
 // conn is a connection of HAProxy's. It owns the net.Conn. At any time one
-// goroutine is its reader and owns the fields that are not said to be another's.
+// goroutine is its reader.
 type conn struct {
-	queue                // its NOTIFYs with the workers
-	box       outbox.Box // its answers
-	sender    sender     // of box
-	agent     *Agent
-	listener  *listener
-	nc        net.Conn
-	host      string // of its peer
-	cancel    context.CancelFunc
-	opened    time.Duration
-	rd        *reader              // the current one; guarded by the reader's turn
-	peer      atomic.Pointer[Peer] // replaced by the reader, once, at the HELLO
-	notifies  atomic.Uint64        // received
-	lastUsed  atomic.Int64         // when the reader last went back to reading: a time.Duration
-	partial   atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
-	leaving   atomic.Bool          // the reader is to read no more, and to end the connection
-	draining  drain.Conn           // the drain's
-	greeted   bool                 // the HELLOs have been exchanged
-	agreed    terms
-	fragments assembler
+	queue            // its NOTIFYs with the workers
+	box   outbox.Box // its answers
 
+	// Set by newConn.
+	agent    *Agent
+	listener *listener
+	nc       net.Conn
+	host     string // of its peer
+	cancel   context.CancelFunc
+	opened   time.Duration
+
+	// For any goroutine to read.
+	peer     atomic.Pointer[Peer] // set anew at the HELLO
+	notifies atomic.Uint64        // received
+	lastUsed atomic.Int64         // when the reader last went back to reading: a time.Duration
+	partial  atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
+	leaving  atomic.Bool          // the reader is to end the connection, or is about to
+
+	sender   sender     // belongs to the goroutine that writes
+	draining drain.Conn // belongs to the drain
+
+	// The reader's.
+	rd          *reader // the reader itself; changed by handOver
+	greeted     bool    // the HELLOs have been exchanged
+	agreed      terms
+	fragments   assembler
 	armed       time.Duration // when the read deadline is; 0: none
 	frameStart  time.Duration // when the frame that is being read began; 0: none is
 	notifyStart time.Duration // when the fragmented NOTIFY began; 0: none is open
@@ -104,8 +110,11 @@ func (c *conn) look() drain.Look {
 // connection after the answers. It does not block.
 func (c *conn) part(seen drain.Look, force bool) bool {
 	bye := appendDisconnect(nil, frameAgentDisconnect, StatusNormal, endStopping.message)
-	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) && !force {
-		return false
+	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) {
+		if !force {
+			return false
+		}
+		c.box.Release() // the reader may wait until less is unsent
 	}
 	c.leave()
 	go c.box.Flush() // it blocks if the peer does not read
@@ -638,7 +647,9 @@ func (rd *reader) flush() {
 }
 
 // waitForRoom waits until another NOTIFY may be in flight. It fails if no answer
-// can be sent any more, unless siblings can carry it.
+// can be sent any more, unless siblings can carry it; those held back, with
+// which the drain has parted the connection in this moment, are sent all the
+// same.
 func (rd *reader) waitForRoom() error {
 	c := rd.conn
 	room, open := c.box.Room()
@@ -647,13 +658,10 @@ func (rd *reader) waitForRoom() error {
 		rd.batchStart = 0
 		open = c.box.WaitForRoom()
 	}
-	switch {
-	case open || c.box.Siblings() > 0 && c.ctx.Err() == nil:
+	if open || c.box.Siblings() > 0 && c.ctx.Err() == nil {
 		return nil
-	case c.leaving.Load():
-		return endStopping
 	}
-	return net.ErrClosed
+	return endStopping
 }
 
 // read reads what there is, and waits if there is nothing.

@@ -6,15 +6,16 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
+	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
-	"github.com/peterbourgon/ff/v3"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/crowdsec"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 )
 
@@ -28,17 +29,21 @@ from 0 for the worst addresses to 100 for those on no list.
   -d            log every frame
   -m bytes      largest frame to agree on, 256 or more (default 65535)
   -p port       listen on this port of 127.0.0.1 (default 12345)
-  -n workers    handlers that run at once (default 5)
+  -n workers    handlers that run at once, up to 65536 (default 5)
   -c name       announce a capability, repeatable: pipelining (always on),
                 async, fragmentation
   -t time       wait before each answer: 15 (milliseconds), or 10us, 15ms, 1s
+  -handler-timeout time
+                how long an answer may take before HAProxy gets one without a
+                verdict (default 500ms and what -t waits); 0 is for ever. Let it
+                be HAProxy's timeout processing
   -f frames     close a connection after that many frames
 
   -reputation list[=score][,column=kind][,field=name][,accept=fault]
                 the addresses of this list have that score (default 0);
-                repeatable. Without any list scores are random. A list is a
-                file, a directory or glob of files, a URL, or - for standard
-                input, in nearly any format. Between lists the worst score wins,
+                repeatable. A list is a file, a directory or glob of files, a
+                URL, or - for standard input, in nearly any format. Between
+                lists the worst score wins,
                 within one the longest prefix: 198.51.96.0/20 with 0 in one list
                 and 198.51.100.7 with 60 in another give 198.51.100.7 a 0, and
                 both in one list a 60
@@ -58,8 +63,15 @@ from 0 for the worst addresses to 100 for those on no list.
   -cache dir    keep the last good copy of lists by URL here, for a start
                 without the network
   -lookup addr  show what each list says of this address, and exit
-` + sourcesUsage + `
-  -listen addr  listen here instead: host:port, unix:/path, or systemd, which
+` + sourcesUsage + `  -random       scores are random, for trying out: no list or other source is
+                wanted. Without it a start without any warns; with
+                -random=false it fails
+  -trust-proxy prefix
+                of a text such as X-Forwarded-For judge the last address that is
+                not one of these proxies (default: the last one); repeatable
+
+  -listen addr  listen here instead: host:port, unix:/path, abns@name or
+                abnsz@name as HAProxy calls abstract sockets, or systemd, which
                 must have passed sockets then (any are used); repeatable
   -unix-mode m  permissions of unix sockets (default 0660)
   -tls-cert file, -tls-key file
@@ -73,112 +85,96 @@ from 0 for the worst addresses to 100 for those on no list.
   -log-format f logfmt (default) or json
   -log-level l  debug, info (default), warn or error
   -config file  read flags from a file of lines such as "listen 127.0.0.1:12345"
-  -check        check flags, lists and certificates, and exit
+  -check        check flags, lists, certificates and addresses, and exit
   -version      show the version
 
 Each flag can come from the environment too: SPOA_LISTEN, SPOA_TLS_CERT, and so
 on, with commas between the values of a repeatable one. The command line wins
-over the environment, and that over the file. SIGHUP reads lists and
+over the environment, and that over the file; what is empty counts as unset. A
+variable that is nearly one of these is refused. SIGHUP reads lists and
 certificates again; lists are also read when their files change.
 `
 
 // config is what the command line, the environment and the file say.
 type config struct {
-	debug      bool
-	frame      int
-	port       uint
-	workers    int
-	caps       stringList
-	delay      delay
-	frames     int
-	reputation lists.Files
-	allow      lists.AllowFiles
-	refresh    time.Duration
-	cache      string
-	lookup     string
-	sources    sourceFlags
-	listen     listen.Addrs
-	unixMode   fileMode
-	cert       string
-	key        string
-	clientCA   string
-	metrics    listen.Addr
-	drain      time.Duration
-	logFormat  string
-	logLevel   string
-	check      bool
-	version    bool
+	debug          bool
+	frame          int
+	port           int
+	workers        int
+	caps           stringList
+	delay          delay
+	frames         int
+	reputation     lists.Files
+	allow          lists.AllowFiles
+	random         *bool         // nil: not said
+	handlerTimeout time.Duration // how long an answer may take; negative: not said
+	proxies        prefixes
+	refresh        time.Duration
+	cache          string
+	lookup         string
+	sources        sourceFlags
+	listen         listen.Addrs
+	unixMode       fileMode
+	cert           string
+	key            string
+	clientCA       string
+	metrics        listen.Addr
+	drain          time.Duration
+	logFormat      string
+	logLevel       string
+	check          bool
+	version        bool
+	notes          []string // what is odd but no error
 }
 
-// stringList is a repeatable flag.
-type stringList []string
+const (
+	minFrame   = 256     // of SPOP
+	maxFrame   = 1 << 28 // of HAProxy
+	maxWorkers = 1 << 16
+)
 
-func (l *stringList) String() string { return strings.Join(*l, ",") }
-
-func (l *stringList) Set(s string) error {
-	*l = append(*l, s)
-	return nil
-}
-
-// delay is a flag: a duration, or milliseconds without a unit.
-type delay time.Duration
-
-func (d *delay) String() string { return time.Duration(*d).String() }
-
-func (d *delay) Set(s string) error {
-	if _, err := strconv.ParseUint(s, 10, 31); err == nil {
-		s += "ms"
+// newConfig returns the defaults.
+func newConfig() *config {
+	return &config{
+		handlerTimeout: -1, frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
+		sources: sourceFlags{interval: crowdsec.DefaultInterval, budget: 5 * time.Millisecond, denyBelow: 20},
 	}
-	t, err := time.ParseDuration(s)
-	if err != nil || t < 0 {
-		return errors.New("want a time such as 15 (milliseconds), 10us, 15ms or 1s")
-	}
-	*d = delay(t)
-	return nil
-}
-
-// fileMode is a flag: permissions, in octal.
-type fileMode fs.FileMode
-
-func (m *fileMode) String() string { return fmt.Sprintf("%04o", uint32(*m)) }
-
-func (m *fileMode) Set(s string) error {
-	n, err := strconv.ParseUint(s, 8, 32)
-	if err != nil || n > 0o777 {
-		return errors.New("want permissions in octal, such as 0660")
-	}
-	*m = fileMode(n)
-	return nil
 }
 
 // flags returns the flags, which fill c.
 func (c *config) flags() *flag.FlagSet {
-	c.unixMode = 0o660
 	flags := flag.NewFlagSet("spoa", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.Usage = func() {}
 	flags.BoolVar(&c.debug, "d", false, "")
-	flags.IntVar(&c.frame, "m", 65535, "")
-	flags.UintVar(&c.port, "p", 12345, "")
-	flags.IntVar(&c.workers, "n", 5, "")
-	flags.Var(&c.caps, "c", "")
+	flags.Var(number{&c.frame, minFrame, maxFrame, "a number of bytes"}, "m", "")
+	flags.Var(number{&c.port, 0, 65535, "a port"}, "p", "")
+	flags.Var(number{&c.workers, 1, maxWorkers, "a number of workers"}, "n", "")
+	flags.Var(multi{&c.caps}, "c", "")
 	flags.Var(&c.delay, "t", "")
-	flags.IntVar(&c.frames, "f", 0, "")
-	flags.Var(&c.reputation, "reputation", "")
-	flags.Var(&c.allow, "allow", "")
-	flags.DurationVar(&c.refresh, "refresh", time.Hour, "")
+	flags.Var(period{&c.handlerTimeout}, "handler-timeout", "")
+	flags.Var(number{&c.frames, 0, math.MaxInt32, "a number of frames"}, "f", "")
+	flags.Var(multi{&c.reputation}, "reputation", "")
+	flags.Var(multi{&c.allow}, "allow", "")
+	flags.Var(period{&c.refresh}, "refresh", "")
 	flags.StringVar(&c.cache, "cache", "", "")
 	flags.StringVar(&c.lookup, "lookup", "", "")
 	c.sources.register(flags)
-	flags.Var(&c.listen, "listen", "")
+	flags.BoolFunc("random", "", func(s string) error {
+		random, err := strconv.ParseBool(s)
+		c.random = &random
+		return err
+	})
+	flags.Var(multi{&c.proxies}, "trust-proxy", "")
+	flags.Var(multi{&c.listen}, "listen", "")
 	flags.Var(&c.unixMode, "unix-mode", "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")
 	flags.StringVar(&c.key, "tls-key", "", "")
 	flags.StringVar(&c.clientCA, "tls-client-ca", "", "")
 	flags.Var(&c.metrics, "metrics", "")
-	flags.DurationVar(&c.drain, "drain", 10*time.Second, "")
-	flags.StringVar(&c.logFormat, "log-format", "logfmt", "")
-	flags.StringVar(&c.logLevel, "log-level", "info", "")
+	flags.Var(period{&c.drain}, "drain", "")
+	flags.Var(choice{&c.logFormat, []string{"logfmt", "json"}}, "log-format", "")
+	flags.Var(choice{&c.logLevel, []string{"debug", "info", "warn", "error"}}, "log-level", "")
 	flags.String("config", "", "")
 	flags.BoolVar(&c.check, "check", false, "")
 	flags.BoolFunc("version", "", func(s string) error {
@@ -188,60 +184,57 @@ func (c *config) flags() *flag.FlagSet {
 	return flags
 }
 
-func parse(args []string) (*config, error) {
-	var c config
-	flags := c.flags()
-	err := ff.Parse(flags, args,
-		ff.WithEnvVarPrefix("SPOA"),
-		ff.WithEnvVarSplit(","),
-		ff.WithConfigFileFlag("config"),
-		ff.WithConfigFileParser(ff.PlainParser))
-	if err != nil {
-		if s, ok := strings.CutPrefix(err.Error(), "error parsing commandline arguments: "); ok && !errors.Is(err, flag.ErrHelp) {
-			return nil, errors.New(s)
-		}
+func parse(args, environ []string) (*config, error) {
+	c := newConfig()
+	s := settings{flags: c.flags()}
+	if err := s.load(args, environ); err != nil {
 		return nil, err
 	}
-	if flags.NArg() > 0 {
-		return nil, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	c.notes = s.notes
+	if s.given["p"] && len(c.listen) > 0 {
+		c.notes = append(c.notes, "-p does not count, since -listen is given")
 	}
-	return &c, c.validate()
+	return c, c.validate()
 }
 
-const (
-	minFrame = 256     // of SPOP
-	maxFrame = 1 << 28 // of HAProxy
-)
-
-// validate finds what is wrong with a flag's value by name, before the library
-// does.
+// validate finds values that do not go together.
 func (c *config) validate() error {
 	switch {
-	case c.port > 65535:
-		return fmt.Errorf("-p %d: want a port up to 65535", c.port)
-	case c.frame < minFrame || c.frame > maxFrame:
-		return fmt.Errorf("-m %d: want %d to %d bytes", c.frame, minFrame, maxFrame)
-	case c.workers < 1:
-		return fmt.Errorf("-n %d: want at least 1 worker", c.workers)
-	case c.frames < 0:
-		return fmt.Errorf("-f %d: want a number of frames", c.frames)
-	case c.drain < 0:
-		return fmt.Errorf("-drain %v: want no less than 0", c.drain)
 	case (c.cert == "") != (c.key == ""):
 		return errors.New("-tls-cert and -tls-key need each other")
 	case c.clientCA != "" && c.cert == "":
 		return errors.New("-tls-client-ca needs -tls-cert")
-	case c.logFormat != "logfmt" && c.logFormat != "json":
-		return fmt.Errorf("-log-format %q: want logfmt or json", c.logFormat)
-	}
-	if _, err := level.Parse(c.logLevel); err != nil {
-		return fmt.Errorf("-log-level %q: want debug, info, warn or error", c.logLevel)
+	case c.handlerTimeout > 0 && c.handlerTimeout < time.Millisecond:
+		return fmt.Errorf("-handler-timeout %v: want 1ms or more, or 0 for ever", c.handlerTimeout)
+	case c.random != nil && *c.random && c.judges():
+		return errors.New("-random and lists or other sources: want one of them")
+	case c.random != nil && !*c.random && !c.judges():
+		return errors.New("no list, and random scores are switched off: want -reputation FILE, or -random to try out")
 	}
 	if err := c.validateLists(); err != nil {
 		return err
 	}
+	if !c.judges() && c.random == nil {
+		c.notes = append(c.notes, "no list: scores are random, for trying out only; want -reputation FILE, or -random to say so")
+	}
 	return c.sources.validate()
 }
+
+// defaultTimeout is the timeout processing of the example configurations. HAProxy
+// forgets a request then, so that a later answer is wasted. A default as short as
+// the 15 ms of HAProxy's own example would turn answers down that others wait for.
+const defaultTimeout = 500 * time.Millisecond
+
+// timeout returns how long an answer may take, 0 for ever.
+func (c *config) timeout() time.Duration {
+	if c.handlerTimeout < 0 {
+		return defaultTimeout + time.Duration(c.delay)
+	}
+	return c.handlerTimeout
+}
+
+// judges reports whether scores come from anything but chance.
+func (c *config) judges() bool { return len(c.reputation)+len(c.allow) > 0 || c.sources.any() }
 
 func (c *config) logger(w io.Writer) log.Logger {
 	w = log.NewSyncWriter(w)
@@ -264,6 +257,15 @@ func (c *config) loadTLS() (*listen.TLS, error) {
 	return listen.LoadTLS(c.cert, c.key, c.clientCA)
 }
 
+// addrs returns where to listen if systemd passes no sockets.
+func (c *config) addrs() listen.Addrs {
+	if len(c.listen) > 0 {
+		return c.listen
+	}
+	// SPOP knows no authentication, so only this machine gets in.
+	return listen.Addrs{{Network: "tcp", Address: net.JoinHostPort("127.0.0.1", strconv.Itoa(c.port))}}
+}
+
 // openListeners opens what the configuration names, behind the sockets that
 // systemd has passed: all or none.
 func (c *config) openListeners() (all []net.Listener, passed int, err error) {
@@ -277,25 +279,14 @@ func (c *config) openListeners() (all []net.Listener, passed int, err error) {
 	}
 	passed = len(all)
 	addrs := c.listen
-	if len(addrs) == 0 && passed == 0 {
-		// SPOP knows no authentication, so only this machine gets in.
-		port := strconv.FormatUint(uint64(c.port), 10)
-		addrs = listen.Addrs{{Network: "tcp", Address: net.JoinHostPort("127.0.0.1", port)}}
+	if passed == 0 {
+		addrs = c.addrs()
 	}
-	for _, addr := range addrs {
-		if addr.IsSystemd() {
-			if passed == 0 {
-				return all, 0, errors.New("-listen systemd: it has passed no socket")
-			}
-			continue
-		}
-		l, err := addr.Listen(fs.FileMode(c.unixMode))
-		if err != nil {
-			return all, 0, err
-		}
-		all = append(all, l)
+	if passed == 0 && slices.ContainsFunc(addrs, listen.Addr.IsSystemd) {
+		return all, 0, errors.New("-listen systemd: it has passed no socket")
 	}
-	return all, passed, nil
+	opened, err := addrs.Listen(fs.FileMode(c.unixMode))
+	return append(all, opened...), passed, err
 }
 
 func closeAll(all []net.Listener) {

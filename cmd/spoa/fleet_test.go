@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -422,15 +423,18 @@ func TestSystemdUnits(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		text := strings.ReplaceAll(string(b), "/usr/local/bin/spoa", bin)
-		if name == "spoa.service" && !strings.Contains(text, "\nType=notify-reload\n") {
-			t.Error("want Type=notify-reload")
-		}
-		if version < 253 { // knows no notify-reload
-			text = strings.ReplaceAll(text, "Type=notify-reload", "Type=notify")
-		}
 		files = append(files, filepath.Join(dir, name))
-		writeFile(t, files[len(files)-1], text)
+		writeFile(t, files[len(files)-1], strings.ReplaceAll(string(b), "/usr/local/bin/spoa", bin))
+	}
+	if version >= 253 { // the first to know notify-reload
+		b, err := os.ReadFile("notify-reload.conf")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, "spoa.service.d"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, "spoa.service.d", "notify-reload.conf"), string(b))
 	}
 	out, err = exec.Command(analyze, append([]string{"verify", "--man=no"}, files...)...).CombinedOutput()
 	for line := range strings.Lines(string(out)) {
@@ -441,4 +445,65 @@ func TestSystemdUnits(t *testing.T) {
 	if err != nil {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
+}
+
+// HAProxy's own names for abstract sockets, of which it knows abnsz from 3.2 on.
+func TestE2EAbstractSocket(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("abstract sockets are Linux's own")
+	}
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		forms := []string{"abns@"}
+		if !bin.older() {
+			forms = append(forms, "abnsz@")
+		}
+		for _, form := range forms {
+			addr := fmt.Sprintf("%sspoa-%d-%s", form, os.Getpid(), bin.version)
+			agent := startAgent(t, addr)
+			h := startHAProxy(t, bin, setup{agent: addr})
+			h.awaitServer(t, "UP", "L7OK")
+			got := ask(t, h.url, 10)
+			got.check(t)
+			agent.await(t, "addr="+regexp.QuoteMeta(addr))
+		}
+	})
+}
+
+// Behind a proxy the client's address is in a header, and the message may have other arguments.
+func TestE2EForwardedFor(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		list := filepath.Join(t.TempDir(), "list")
+		writeFile(t, list, "192.0.2.1\n")
+		agent := startAgent(t, "127.0.0.1:0", "-reputation", list+"=33", "-trust-proxy", "198.51.100.0/24")
+		h := startHAProxy(t, bin, setup{agent: agent.addr, spoe: []string{
+			"    args src\n", "    args path=path ip=req.fhdr(x-forwarded-for)\n",
+			"event on-client-session", "event on-frontend-http-request",
+		}})
+		h.awaitServer(t, "UP", "L7OK")
+		for forwarded, want := range map[string]string{
+			"192.0.2.1":                          "33",
+			"192.0.2.1:1234":                     "33",
+			"203.0.113.1, 192.0.2.1":             "33",
+			"192.0.2.1, 203.0.113.1":             "100",
+			"8.8.8.8, 192.0.2.1, 198.51.100.200": "33",
+			"unknown":                            "error",
+			"":                                   "error",
+		} {
+			req, err := http.NewRequest("GET", h.url, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if forwarded != "" {
+				req.Header.Set("X-Forwarded-For", forwarded)
+			}
+			resp, err := do(newClient(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if have := resp.Header.Get("X-IP-Score") + resp.Header.Get("X-IP-Fault"); have != want {
+				t.Errorf("%q: want %s, have %q", forwarded, want, have)
+			}
+		}
+		agent.await(t, `msg="handler failed".*want an address`)
+	})
 }

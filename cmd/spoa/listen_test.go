@@ -17,7 +17,6 @@ import (
 
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/certtest"
-	"github.com/spoa-go/spoa/cmd/internal/listen"
 )
 
 // What a killed agent leaves behind does not keep the next one from starting, and modes come from -unix-mode.
@@ -199,13 +198,4 @@ func TestSystemdSockets(t *testing.T) {
 	p := passed(t, []*os.File{f})
 	<-p.ctx.Done()
 	p.said(t, `^spoa: socket 0 passed by systemd is not a stream socket`)
-}
-
-func TestListenersAllOrNone(t *testing.T) {
-	c := &config{listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:0"}, {Network: "unix", Address: "/nonexistent/x"}}}
-	if l, _, err := c.openListeners(); err == nil || len(l) != 1 {
-		t.Fatalf("want an error, have %v, %v", l, err)
-	} else if _, err := l[0].Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("want the first listener closed again, have %v", err)
-	}
 }

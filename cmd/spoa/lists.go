@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -62,6 +63,9 @@ func check(c *config) (string, error) {
 	if _, err := c.loadTLS(); err != nil {
 		return "", err
 	}
+	if err := c.checkAddrs(); err != nil {
+		return "", err
+	}
 	switch {
 	case l == nil && sources == nil:
 		return "configuration ok, no lists: scores are random", nil
@@ -82,6 +86,20 @@ func check(c *config) (string, error) {
 		others = fmt.Sprintf(", other sources: %d", n)
 	}
 	return fmt.Sprintf("configuration ok, lists: %d, entries: %d, bad lines: %d%s%s", len(all), entries, bad, others, &warnings), nil
+}
+
+// checkAddrs finds addresses that cannot be listened on.
+func (c *config) checkAddrs() error {
+	addrs := c.addrs()
+	if c.metrics.Network != "" {
+		addrs = append(slices.Clone(addrs), c.metrics)
+	}
+	for _, addr := range addrs {
+		if err := addr.Check(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // lookUp writes what each list and other source says of an address.

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -13,9 +14,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -28,17 +27,24 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
+// flushTimeout is how long the end waits for the last lines of the log.
+const flushTimeout = time.Second
+
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before the agent
 	os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-func realMain(args []string, stdout, stderr io.Writer) int {
-	c, err := parse(args)
+func realMain(args []string, stdout, stderrFile io.Writer) int {
+	stderr := linewriter.New(stderrFile)
+	defer stderr.Close(flushTimeout)
+	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		io.WriteString(stdout, usage)
@@ -55,10 +61,13 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 			return 1
 		}
+		for _, note := range c.notes {
+			fmt.Fprintf(stderr, "spoa: %s\n", note)
+		}
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	run := serve
+	run := func(c *config, _ io.Writer) error { return serve(c, stderr) }
 	switch {
 	case c.lookup != "":
 		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
@@ -77,7 +86,8 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ";
 
 const (
 	message       = "check-client-ip"
-	maxFragmented = 1 << 20 // bytes of a NOTIFY put together from fragments
+	faultVariable = "ip_fault" // of scope txn: why an ACK has no verdict
+	maxFragmented = 1 << 20    // bytes of a NOTIFY put together from fragments
 )
 
 // newAgent returns an agent with that handler.
@@ -89,6 +99,10 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithDebug(c.debug),
 		spoa.WithLogger(logger),
 		spoa.WithHooks(hooks),
+		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
+	}
+	if d := c.timeout(); d > 0 {
+		opts = append(opts, spoa.WithHandlerTimeout(d))
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -123,7 +137,7 @@ type service struct {
 }
 
 // newService loads the lists and certificates, and opens the listeners.
-func newService(ctx context.Context, c *config, logger log.Logger) (*service, error) {
+func newService(ctx context.Context, c *config, logger log.Logger, stderr *linewriter.Writer) (*service, error) {
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
@@ -143,6 +157,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
+		Dropped:  stderr.Dropped,
 	})
 	var hooks spoa.Hooks
 	if c.metrics.Network != "" {
@@ -155,7 +170,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		_ = s.sources.prepare(first) // logs; what is missing is pulled later
 		cancel()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{c.proxies}, score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -169,7 +184,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 }
 
 // serve runs the agent until a signal ends it.
-func serve(c *config, stderr io.Writer) error {
+func serve(c *config, stderr *linewriter.Writer) error {
 	// Before anything that takes time, so that no signal falls through.
 	hup, end := make(chan os.Signal, 1), make(chan os.Signal, 2)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -178,22 +193,28 @@ func serve(c *config, stderr io.Writer) error {
 	defer signal.Stop(end)
 
 	logger := c.logger(stderr)
-	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	s, err := newService(opening, c, logger)
-	ended := opening.Err() != nil
-	opened()
+	stderr.Notice(func(dropped uint64) []byte {
+		var b bytes.Buffer
+		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
+		return b.Bytes()
+	})
+	level.Debug(logger).Log("msg", "opening lists, certificates and sockets")
+	s, err := open(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
 	switch {
-	case err != nil && ended:
-		level.Info(logger).Log("msg", "ended before it was ready")
+	case errors.Is(err, run.ErrSignal):
+		level.Info(logger).Log("msg", "ended before it was ready", "reason", err)
 		return nil
 	case err != nil:
 		return err
+	}
+	for _, note := range c.notes {
+		level.Warn(logger).Log("msg", note)
 	}
 	var g run.Group
 	g.Add(func() error { return s.serve(end) }, func(error) { s.drain() })
 	g.Add(actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
 	if s.web != nil {
-		level.Info(logger).Log("msg", "metrics", "addr", s.web.Addr())
+		level.Info(logger).Log("msg", "metrics", "addr", listen.Name(s.web.Addr()), "access", (*listen.TLS)(nil).Access(s.web.Addr()))
 		g.Add(s.status.Actor(s.web))
 	}
 	if s.lists != nil {
@@ -226,7 +247,7 @@ func (s *service) begin() {
 func (s *service) serve(end <-chan os.Signal) error {
 	errs := make(chan error)
 	for _, l := range s.listeners {
-		level.Info(s.logger).Log("msg", "listening", "addr", l.Addr(), "access", s.tls.Access(l.Addr()))
+		level.Info(s.logger).Log("msg", "listening", "addr", listen.Name(l.Addr()), "access", s.tls.Access(l.Addr()))
 		go func() { errs <- s.serveOne(l) }()
 	}
 	var failed, signalled error
@@ -260,10 +281,52 @@ func (s *service) serveOne(l net.Listener) error {
 	return err
 }
 
+// open calls f, but a signal ends the wait for it at once: a file may hang.
+func open(end <-chan os.Signal, f func(context.Context) (*service, error)) (*service, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	type result struct {
+		s   *service
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		s, err := f(ctx)
+		done <- result{s, err}
+	}()
+	select {
+	case r := <-done:
+		return r.s, r.err
+	case sig := <-end:
+		return nil, &run.SignalError{Signal: sig}
+	}
+}
+
+// lastWait is how long the end waits for what has been told to end. A file that
+// hangs can keep it for ever.
+const lastWait = time.Second
+
 // actor makes an actor of what runs until its context ends.
 func actor(f func(context.Context) error) (execute func() error, interrupt func(error)) {
 	ctx, cancel := context.WithCancel(context.Background())
-	return func() error { return f(ctx) }, func(error) { cancel() }
+	execute = func() error {
+		done := make(chan error, 1)
+		go func() { done <- f(ctx) }()
+		select {
+		case err := <-done:
+			return err
+		case <-ctx.Done():
+		}
+		t := time.NewTimer(lastWait)
+		defer t.Stop()
+		select {
+		case err := <-done:
+			return err
+		case <-t.C:
+			return ctx.Err()
+		}
+	}
+	return execute, func(error) { cancel() }
 }
 
 // reload reads lists and certificates again at each signal, until ctx ends.
@@ -297,57 +360,5 @@ func (s *service) reloadOnce(ctx context.Context) {
 func (s *service) notifySystemd(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		level.Warn(s.logger).Log("msg", "cannot notify systemd", "err", err)
-	}
-}
-
-// scorer sets the variables of an address.
-type scorer func(context.Context, netip.Addr, *spoa.Actions)
-
-// newScorer returns one that goes by lists, or by chance if there are none, and
-// reports to judged every verdict.
-func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
-	if l == nil {
-		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
-			judged("", false)
-			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
-		}
-	}
-	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
-		v := l.Lookup(ip)
-		listed := v.State == lists.Listed
-		if !listed {
-			v.List = ""
-		}
-		judged(v.List, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
-		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
-		} else {
-			// A session of several requests may have had one before a reload.
-			a.UnsetVar(spoa.ScopeSess, "ip_list")
-		}
-	}
-}
-
-// checkClientIP returns the handler of check-client-ip. It ignores what is no
-// address.
-func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
-	return func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
-		if delay > 0 {
-			t := time.NewTimer(delay)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		if m.Len() != 1 {
-			return nil
-		}
-		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ctx, ip, a)
-		}
-		return nil
 	}
 }

@@ -70,23 +70,23 @@ type sourceFlags struct {
 	budget    time.Duration
 	monitor   bool
 	replay    string
-	denyBelow uint
+	denyBelow int
 }
 
 func (f *sourceFlags) register(flags *flag.FlagSet) {
 	flags.StringVar(&f.crowdsec, "crowdsec", "", "")
 	flags.StringVar(&f.key, "crowdsec-key", "", "")
-	flags.Var(&f.scores, "crowdsec-score", "")
-	flags.DurationVar(&f.interval, "crowdsec-interval", crowdsec.DefaultInterval, "")
-	flags.Var(&f.zones, "dnsbl", "")
+	flags.Var(multi{&f.scores}, "crowdsec-score", "")
+	flags.Var(period{&f.interval}, "crowdsec-interval", "")
+	flags.Var(multi{&f.zones}, "dnsbl", "")
 	flags.StringVar(&f.dns, "dns", "", "")
-	flags.Var(&f.databases, "mmdb", "")
-	flags.Var(&f.countries, "country", "")
-	flags.Var(&f.networks, "asn", "")
-	flags.DurationVar(&f.budget, "budget", 5*time.Millisecond, "")
+	flags.Var(multi{&f.databases}, "mmdb", "")
+	flags.Var(multi{&f.countries}, "country", "")
+	flags.Var(multi{&f.networks}, "asn", "")
+	flags.Var(period{&f.budget}, "budget", "")
 	flags.BoolVar(&f.monitor, "monitor", false, "")
 	flags.StringVar(&f.replay, "replay", "", "")
-	flags.UintVar(&f.denyBelow, "deny-below", 20, "")
+	flags.Var(number{&f.denyBelow, 0, reputation.BestScore, "a score"}, "deny-below", "")
 }
 
 // validate finds what is wrong with the flags together.
@@ -99,10 +99,6 @@ func (f *sourceFlags) validate() error {
 		return errors.New("-crowdsec needs -crowdsec-key FILE, or SPOA_CROWDSEC_KEY with the key")
 	case f.interval <= 0:
 		return fmt.Errorf("-crowdsec-interval %v: want more than 0", f.interval)
-	case f.budget < 0:
-		return fmt.Errorf("-budget %v: want no less than 0", f.budget)
-	case f.denyBelow > reputation.BestScore:
-		return fmt.Errorf("-deny-below %d: want a score from 0 to %d", f.denyBelow, reputation.BestScore)
 	case scored && len(f.databases) == 0:
 		return errors.New("-country and -asn need -mmdb, to know where addresses belong")
 	}
@@ -112,8 +108,8 @@ func (f *sourceFlags) validate() error {
 // any reports whether there is a source.
 func (f *sourceFlags) any() bool { return f.crowdsec != "" || len(f.zones)+len(f.databases) > 0 }
 
-// readKey returns the key of the local API. The package ff takes
-// SPOA_CROWDSEC_KEY for the flag's value, but it is not the name of a file.
+// readKey returns the key of the local API. The flag takes its
+// value from SPOA_CROWDSEC_KEY too, but that is not the name of a file.
 func (f *sourceFlags) readKey() (string, error) {
 	if f.key == os.Getenv("SPOA_CROWDSEC_KEY") {
 		return f.key, nil

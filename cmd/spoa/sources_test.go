@@ -27,8 +27,8 @@ func TestSourceFlags(t *testing.T) {
 		"-crowdsec 127.0.0.1:1 -crowdsec-key /dev/null":            "-crowdsec: ",
 		"-crowdsec-interval 0s":                                    "-crowdsec-interval 0s: want more than 0",
 		"-crowdsec-score ban=101":                                  "want TYPE=SCORE",
-		"-budget -1ms":                                             "-budget -1ms: want no less than 0",
-		"-deny-below 101":                                          "-deny-below 101: want a score",
+		"-budget -1ms":                                             "flag -budget: want a time",
+		"-deny-below 101":                                          "flag -deny-below: want a score from 0 to 100",
 		"-dnsbl a..b":                                              "no name of a zone",
 		"-country XX=1":                                            "-country and -asn need -mmdb",
 		"-asn 64496=1":                                             "-country and -asn need -mmdb",
@@ -74,7 +74,7 @@ func TestCrowdSecKey(t *testing.T) {
 		{"from-env", "from-file", []string{"-crowdsec-key", path}},
 	} {
 		t.Setenv("SPOA_CROWDSEC_KEY", test.env)
-		c, err := parse(append(test.args, "-crowdsec", api.URL))
+		c, err := parse(append(test.args, "-crowdsec", api.URL), os.Environ())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,7 +117,7 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		"203.0.113.0/25": mmdbtest.ASN(64496, "Bad Network"), "203.0.113.128/25": mmdbtest.Country("CH"),
 	})
 	c, err := parse(append(args, "-reputation", file("block.txt", "203.0.113.1\n203.0.113.2\n")+"=10", "-allow", file("office.txt", "203.0.113.9\n"),
-		"-crowdsec", api.URL, "-crowdsec-key", file("key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60"))
+		"-crowdsec", api.URL, "-crowdsec-key", file("key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		t.Fatal(err)
 	}
 	v := new(verdicts)
-	return checkClientIP(0, s.scorer(v.judged, v.wouldDeny)), v
+	return checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny)), v
 }
 
 // verdicts is what a scorer reports.
@@ -279,7 +279,7 @@ func TestSourcesLookUp(t *testing.T) {
 }
 
 func TestSourcesNone(t *testing.T) {
-	c, err := parse(nil)
+	c, err := parse(nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -292,4 +292,37 @@ func TestSourcesNone(t *testing.T) {
 	}
 	s.reloadAll()
 	s.addTo(nil)
+}
+
+// BenchmarkHandler is a verdict by lists alone, and by all sources.
+func BenchmarkHandler(b *testing.B) {
+	ctx := context.Background()
+	all, _ := withSources(b, nil)
+	c, err := parse([]string{"-reputation", os.DevNull}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	path := filepath.Join(b.TempDir(), "block.txt")
+	if err := os.WriteFile(path, []byte("203.0.113.1\n"), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	c.reputation[0].Path = path
+	l, err := c.openLists(ctx, log.NewNopLogger())
+	if err != nil {
+		b.Fatal(err)
+	}
+	lists := checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
+	for name, h := range map[string]spoa.HandlerFunc{"lists": lists, "all": all} {
+		for _, addr := range []string{"192.0.2.1", "203.0.113.1"} {
+			m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+			b.Run(name+"/"+addr, func(b *testing.B) {
+				for b.Loop() {
+					var a spoa.Actions
+					if err := h(ctx, m, &a); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
 }

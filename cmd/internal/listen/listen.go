@@ -8,7 +8,10 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,44 +22,89 @@ import (
 
 const (
 	unixPrefix  = "unix:"
+	abnsPrefix  = "abns@"
+	abnszPrefix = "abnsz@"
 	systemdName = "systemd"
 )
 
-var errForm = errors.New("want host:port or unix:/path")
+// maxPath is the size of sun_path on Linux, where an abstract name may fill it.
+const maxPath = 108
+
+var errForm = errors.New("want host:port, unix:/path, or abns@name or abnsz@name as HAProxy calls abstract sockets")
 
 // Addr is an address to listen on or to dial. The zero Addr is none. As a
-// flag.Value it has the form host:port or unix:/path.
+// flag.Value it has the form host:port (also *:port, for all addresses),
+// unix:/path, unix:@name, abns@name or abnsz@name.
 type Addr struct {
 	Network string // tcp, unix, or systemd for the sockets that it passes
 	Address string // empty for systemd
 }
 
-// String returns the address in the form that Set takes.
+// String returns the address in a form that Set takes.
 func (a *Addr) String() string {
-	switch a.Network {
-	case "unix":
-		return unixPrefix + a.Address
-	case systemdName:
+	switch {
+	case a.Network == systemdName:
 		return systemdName
+	case a.Network == "unix" && len(a.Address) == maxPath:
+		return abnsPrefix + strings.TrimRight(a.Address[1:], "\x00")
+	case a.Network == "unix" && a.abstract():
+		return abnszPrefix + a.Address[1:]
+	case a.Network == "unix":
+		return unixPrefix + a.Address
 	}
 	return a.Address
 }
 
 // Set implements flag.Value. It does not look at the system.
 func (a *Addr) Set(s string) error {
-	if path, ok := strings.CutPrefix(s, unixPrefix); ok && path != "" {
-		*a = Addr{"unix", path}
-		return nil
+	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
+		return a.setPath(path)
 	}
-	_, port, err := net.SplitHostPort(s)
+	if name, ok := strings.CutPrefix(s, abnszPrefix); ok {
+		return a.setPath("@" + name)
+	}
+	if name, ok := strings.CutPrefix(s, abnsPrefix); ok {
+		// HAProxy's abns names are as long as sun_path, and filled up with zeros.
+		return a.setPath("@" + name + strings.Repeat("\x00", max(0, maxPath-1-len(name))))
+	}
+	host, port, err := net.SplitHostPort(s)
 	if err != nil {
 		return errForm
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return errForm
 	}
-	*a = Addr{"tcp", s}
+	if host == "*" {
+		host = ""
+	}
+	*a = Addr{"tcp", net.JoinHostPort(host, port)}
 	return nil
+}
+
+func (a *Addr) setPath(path string) error {
+	most := maxPath - 1 // a path ends with a zero
+	if strings.HasPrefix(path, "@") {
+		most = maxPath
+	}
+	switch {
+	case strings.Trim(path, "@\x00") == "":
+		return errForm
+	case len(path) > most:
+		return fmt.Errorf("a socket's path or name of %d bytes: want at most %d", len(path), maxPath-1)
+	}
+	*a = Addr{"unix", path}
+	return nil
+}
+
+// abstract reports whether a unix socket has a name in place of a file.
+func (a Addr) abstract() bool { return strings.HasPrefix(a.Address, "@") }
+
+// Name returns a listener's address for people, abstract ones as Addr has them.
+func Name(addr net.Addr) string {
+	if a := (Addr{"unix", addr.String()}); addr.Network() == "unix" && a.abstract() {
+		return a.String()
+	}
+	return addr.String()
 }
 
 // IsSystemd reports whether a stands for the sockets that systemd passes.
@@ -86,6 +134,69 @@ func (l *Addrs) Set(s string) error {
 	return nil
 }
 
+// Listen opens all addresses but systemd's, or none.
+func (l Addrs) Listen(mode fs.FileMode) (all []net.Listener, err error) {
+	for _, a := range l {
+		if a.IsSystemd() {
+			continue
+		}
+		if l.besideIPv4(a) {
+			a.Network = "tcp6"
+		}
+		opened, err := a.Listen(mode)
+		if err != nil {
+			for _, l := range all {
+				l.Close()
+			}
+			return nil, err
+		}
+		all = append(all, opened)
+	}
+	return all, nil
+}
+
+// besideIPv4 reports whether a is [::] with a port that an IPv4 address of l has
+// too. Without such an address [::] takes IPv4 in as well.
+func (l Addrs) besideIPv4(a Addr) bool {
+	host, port, _ := net.SplitHostPort(a.Address)
+	if a.Network != "tcp" || host != "::" {
+		return false
+	}
+	return slices.ContainsFunc(l, func(other Addr) bool {
+		addr, err := netip.ParseAddrPort(other.Address)
+		return err == nil && addr.Addr().Is4() && port == strconv.Itoa(int(addr.Port()))
+	})
+}
+
+// Check reports what keeps the address from being listened on, but for another
+// process that listens there already. It listens for a moment.
+func (a Addr) Check() error {
+	if a.IsSystemd() {
+		return nil
+	}
+	if a.Network != "unix" {
+		l, err := net.Listen(a.Network, a.Address)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil
+		}
+		if err == nil {
+			l.Close()
+		}
+		return err
+	}
+	if a.abstract() {
+		return nil
+	}
+	if fi, err := os.Lstat(a.Address); err == nil && fi.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("listen unix %s: a file that is no socket is in the way", a.Address)
+	}
+	dir, err := os.Stat(filepath.Dir(a.Address))
+	if err == nil && !dir.IsDir() {
+		err = &fs.PathError{Op: "listen unix", Path: a.Address, Err: syscall.ENOTDIR}
+	}
+	return err
+}
+
 // Dial connects to the address.
 func (a Addr) Dial(ctx context.Context) (net.Conn, error) {
 	return new(net.Dialer).DialContext(ctx, a.Network, a.Address)
@@ -95,6 +206,9 @@ func (a Addr) Dial(ctx context.Context) (net.Conn, error) {
 // permissions, and replaces one that a dead process has left behind.
 func (a Addr) Listen(mode fs.FileMode) (net.Listener, error) {
 	if a.Network != "unix" {
+		if strings.HasPrefix(a.Address, "0.0.0.0:") {
+			a.Network = "tcp4" // package net would take IPv6 in as well
+		}
 		return net.Listen(a.Network, a.Address)
 	}
 	l, err := net.Listen("unix", a.Address)
@@ -107,8 +221,8 @@ func (a Addr) Listen(mode fs.FileMode) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if strings.HasPrefix(a.Address, "@") { // abstract: no file
-		return l, nil
+	if a.abstract() {
+		return abstractListener{l, &net.UnixAddr{Net: "unix", Name: a.Address}}, nil
 	}
 	if err := os.Chmod(a.Address, mode); err != nil {
 		l.Close()
@@ -116,6 +230,14 @@ func (a Addr) Listen(mode fs.FileMode) (net.Listener, error) {
 	}
 	return l, nil
 }
+
+// abstractListener has an address with the zeros that package net cuts off.
+type abstractListener struct {
+	net.Listener
+	addr net.Addr
+}
+
+func (l abstractListener) Addr() net.Addr { return l.addr }
 
 // removeDead removes the socket that a process left behind when it was killed.
 func removeDead(path string) error {

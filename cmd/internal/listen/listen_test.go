@@ -5,10 +5,13 @@ package listen
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -33,8 +36,13 @@ func TestAddrFlag(t *testing.T) {
 	}{
 		{"127.0.0.1:0", Addr{"tcp", "127.0.0.1:0"}},
 		{":12345", Addr{"tcp", ":12345"}},
+		{"*:12345", Addr{"tcp", ":12345"}},
 		{"[::1]:12345", Addr{"tcp", "[::1]:12345"}},
 		{"unix:/run/a.sock", Addr{"unix", "/run/a.sock"}},
+		{"unix:@a", Addr{"unix", "@a"}},
+		{"abnsz@a", Addr{"unix", "@a"}},
+		{"abns@a", Addr{"unix", "@a" + strings.Repeat("\x00", 106)}},
+		{"abns@" + strings.Repeat("a", 107), Addr{"unix", "@" + strings.Repeat("a", 107)}},
 		{"systemd", Addr{Network: "systemd"}},
 		{"12345", Addr{}},
 		{"127.0.0.1", Addr{}},
@@ -42,21 +50,34 @@ func TestAddrFlag(t *testing.T) {
 		{"127.0.0.1:65536", Addr{}},
 		{"127.0.0.1:", Addr{}},
 		{"unix:", Addr{}},
+		{"unix:@", Addr{}},
+		{"abns@", Addr{}},
+		{"abnsz@", Addr{}},
 		{"", Addr{}},
 	} {
 		var all Addrs
 		err := all.Set(tc.in)
 		if tc.want == (Addr{}) {
-			if err == nil || len(all) > 0 || err.Error() != "want host:port or unix:/path, or systemd" {
+			if err == nil || len(all) > 0 || !strings.HasPrefix(err.Error(), "want host:port, unix:/path, or abns@name") {
 				t.Errorf("%q: want the right form in the error, have %v, %v", tc.in, all, err)
 			}
 			continue
 		}
-		if err != nil || len(all) != 1 || all[0] != tc.want || all.String() != tc.in {
+		if err != nil || len(all) != 1 || all[0] != tc.want {
 			t.Errorf("%q: want %v, have %v, %v", tc.in, tc.want, all, err)
+			continue
+		}
+		var again Addrs
+		if err := again.Set(all.String()); err != nil || again[0] != tc.want {
+			t.Errorf("%q: want %q to be the same, have %v, %v", tc.in, all.String(), again, err)
 		}
 		if have := all[0].IsSystemd(); have != (tc.in == "systemd") {
 			t.Errorf("%q: want systemd named alone, have %v", tc.in, have)
+		}
+	}
+	for _, long := range []string{"unix:/" + strings.Repeat("a", 107), "abns@" + strings.Repeat("a", 108)} {
+		if err := new(Addr).Set(long); err == nil || !strings.Contains(err.Error(), "bytes: want at most 107") {
+			t.Errorf("%q: want its length refused, have %v", long, err)
 		}
 	}
 	if err := new(Addr).Set("systemd"); err == nil {
@@ -108,6 +129,117 @@ func TestUnixSocket(t *testing.T) {
 	}
 }
 
+// HAProxy connects to an abns name with an address of full length, and to an
+// abnsz name with one that ends behind the name.
+func TestAbstract(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("abstract sockets are Linux's own")
+	}
+	name := fmt.Sprintf("spoa-test-%d", os.Getpid())
+	for _, form := range []string{"abns@", "abnsz@"} {
+		var a Addr
+		if err := a.Set(form + name); err != nil {
+			t.Fatal(err)
+		}
+		l, err := a.Listen(0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if have := Name(l.Addr()); have != form+name {
+			t.Errorf("want %s, have %s", form+name, have)
+		}
+		for _, other := range []string{"abns@", "abnsz@"} {
+			if err := a.Set(other + name); err != nil {
+				t.Fatal(err)
+			}
+			c, err := a.Dial(t.Context())
+			if reached := err == nil; reached != (form == other) {
+				t.Errorf("from %s to %s: %v", other, form, err)
+			}
+			if err == nil {
+				c.Close()
+			}
+		}
+		l.Close()
+	}
+}
+
+// An IPv4 address and [::] can have one port.
+func TestDualStack(t *testing.T) {
+	probe, err := net.Listen("tcp", "[::]:0")
+	if err != nil {
+		t.Skip("no IPv6 here:", err)
+	}
+	port := strconv.Itoa(probe.Addr().(*net.TCPAddr).Port)
+	probe.Close()
+	for _, pair := range []Addrs{
+		{{"tcp", "0.0.0.0:" + port}, {"tcp", "[::]:" + port}},
+		{{"tcp", "[::]:" + port}, {"tcp", "127.0.0.1:" + port}},
+	} {
+		all, err := pair.Listen(0o600)
+		if err != nil || len(all) != 2 {
+			t.Fatalf("%v: want both, have %v", pair, err)
+		}
+		for _, host := range []string{"127.0.0.1", "::1"} {
+			c, err := net.Dial("tcp", net.JoinHostPort(host, port))
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			c.Close()
+		}
+		for _, l := range all {
+			l.Close()
+		}
+	}
+}
+
+func TestListenAllOrNone(t *testing.T) {
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := free.Addr().String()
+	free.Close()
+	if all, err := (Addrs{{"tcp", addr}, {"unix", "/nonexistent/x"}}).Listen(0o600); err == nil || len(all) > 0 {
+		t.Errorf("want an error alone, have %v, %v", all, err)
+	}
+	if l, err := net.Listen("tcp", addr); err != nil {
+		t.Errorf("want the first closed again, have %v", err)
+	} else {
+		l.Close()
+	}
+}
+
+func TestCheckAddr(t *testing.T) {
+	dir := shortTempDir(t)
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for addr, want := range map[Addr]string{
+		{"tcp", "127.0.0.1:0"}:               "",
+		{"tcp", taken.Addr().String()}:       "", // by the agent that is to be replaced, perhaps
+		{"tcp", "192.0.2.1:0"}:               "assign requested address",
+		{"unix", filepath.Join(dir, "s")}:    "",
+		{"unix", filepath.Join(dir, "/x/s")}: "no such file",
+		{"unix", filepath.Join(file, "s")}:   "not a directory",
+		{"unix", file}:                       "no socket is in the way",
+		{"unix", "@x"}:                       "",
+		{Network: "systemd"}:                 "",
+	} {
+		err := addr.Check()
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%v: want %q, have %v", addr, want, err)
+		}
+	}
+}
+
 func TestAccess(t *testing.T) {
 	tcp := func(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip)} }
 	for _, tc := range []struct {
@@ -117,7 +249,7 @@ func TestAccess(t *testing.T) {
 	}{
 		{tcp("127.0.0.1"), nil, "this machine only"},
 		{&net.UnixAddr{Name: "/s", Net: "unix"}, &TLS{clientCA: "ca"}, "this machine only"},
-		{tcp("0.0.0.0"), nil, "SPOP has no authentication"},
+		{tcp("0.0.0.0"), nil, "there is no authentication"},
 		{tcp("0.0.0.0"), &TLS{}, "TLS without -tls-client-ca"},
 		{tcp("0.0.0.0"), &TLS{clientCA: "ca.pem"}, "clients with a certificate of ca.pem"},
 	} {

@@ -97,7 +97,7 @@ func (t *TLS) Access(addr net.Addr) string {
 	case t != nil:
 		return "whoever reaches this address: TLS without -tls-client-ca asks for no certificate"
 	}
-	return "whoever reaches this address: SPOP has no authentication"
+	return "whoever reaches this address: there is no authentication"
 }
 
 // ClientTLS returns the configuration of a client that trusts the authorities in

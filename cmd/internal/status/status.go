@@ -32,7 +32,8 @@ type Config struct {
 	Sources  *reputation.Combined   // nil: none but lists
 	TLS      *listen.TLS            // nil: none
 	Build    Build
-	Messages []string // that have a handler
+	Messages []string      // that have a handler
+	Dropped  func() uint64 // how many lines the log has lost; nil: none
 }
 
 // Status counts what the agent does, and shows it over HTTP. A label never
@@ -119,6 +120,11 @@ func New(c Config) *Status {
 	if c.TLS != nil {
 		st.registerTLS()
 	}
+	if c.Dropped != nil {
+		st.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "spoa_log_lines_dropped_total", Help: "Lines of the log that could not be written.",
+		}, func() float64 { return float64(c.Dropped()) }))
+	}
 	st.registry.MustRegister(st, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "spoa_build_info", Help: "Always 1; the labels say what runs.",
@@ -157,7 +163,12 @@ func (st *Status) registerMessages() {
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
 		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+	random := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "spoa_random_scores", Help: "1 if there is no list or other source: scores are random then, for trying out only.",
+	})
+	st.registry.MustRegister(random)
 	if st.config.Lists == nil && st.config.Sources == nil {
+		random.Set(1)
 		st.random = verdicts.WithLabelValues("random", "")
 		return
 	}
@@ -172,7 +183,9 @@ func (st *Status) registerVerdicts() {
 	}
 	if st.config.Sources != nil {
 		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
-			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			if s.Kind != "mmdb" { // which judges nothing
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			}
 		})
 	}
 }
@@ -305,7 +318,8 @@ func listDesc(name, help string, more ...string) *prometheus.Desc {
 
 // Describe implements prometheus.Collector.
 func (st *Status) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc} {
+	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc,
+		refusedDesc, warningsDesc, checkedDesc, statusDesc, nextDesc} {
 		ch <- d
 	}
 }
@@ -335,6 +349,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
+		collectList(s, labels, send)
 	}
 }
 

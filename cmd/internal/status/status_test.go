@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -207,7 +208,8 @@ func TestMetricsOfConnections(t *testing.T) {
 		`spoa_health_checks_total 1`,
 		`spoa_messages_total{message="check-client-ip",outcome="ok"} 2`,
 		`spoa_messages_total{message="other",outcome="no_handler"} 1`,
-		`spoa_verdicts_total{list="",verdict="random"} 2`)
+		`spoa_verdicts_total{list="",verdict="random"} 2`,
+		`spoa_random_scores 1`)
 	for _, never := range []string{"127.0.0.1", "192.0.2.77", "engine-of-mine", "invented"} {
 		if strings.Contains(text, never) {
 			t.Errorf("want nothing of peers, have %q", never)
@@ -238,6 +240,7 @@ func TestMetricsOfLists(t *testing.T) {
 	}
 	text := st.get(t, "/metrics")
 	wantLines(t, text,
+		`spoa_random_scores 0`,
 		`spoa_verdicts_total{list="drop",verdict="listed"} 2`,
 		`spoa_verdicts_total{list="",verdict="unlisted"} 2`,
 		fmt.Sprintf(`spoa_list_entries{file="%s",kind="reputation",list="drop"} 1`, a),
@@ -337,8 +340,12 @@ func readPage(t *testing.T, page string) (rows []string) {
 		case xml.StartElement:
 			open = append(open, tok.Name.Local)
 			switch tok.Name.Local {
-			case "script", "img", "iframe", "object", "form":
+			case "script", "img", "iframe", "object":
 				t.Errorf("want no <%s>", tok.Name.Local)
+			case "form":
+				if !slices.Contains(tok.Attr, xml.Attr{Name: xml.Name{Local: "action"}, Value: "/lookup"}) {
+					t.Errorf("want no form but for looking up, have %v", tok.Attr)
+				}
 			case "td":
 				label, text = "", ""
 			}
@@ -417,7 +424,7 @@ func TestPage(t *testing.T) {
 	wantCell(t, rows, "name: "+message, "per second: 2", "most: 1\u202f234", "total: 1\u202f236", "failed: 2", "median: ≤ 1 ms",
 		"99 %: ≤ 2.5 ms", "of these: error 1, overload 1")
 	wantCell(t, rows, "fault: invalid frame received", "code: 4", "told by: agent", "connections: 1")
-	wantCell(t, rows, "None: scores are random, 0 so far.")
+	wantCell(t, rows, "None: scores are random, 0 so far. That is for trying out only.")
 	if strings.Contains(page, "<script") {
 		t.Error("want no script")
 	}

@@ -88,6 +88,25 @@ func TestPaceAfterSpread(t *testing.T) {
 	})
 }
 
+// A slow handler that nobody waits behind stays inline: to spread it would cost
+// more and help nobody.
+func TestPaceAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, WithHandlerFunc("number", func(ctx context.Context, m *Message, a *Actions) error {
+			time.Sleep(3 * slowCall)
+			return numbered(ctx, m, a)
+		}))
+		h := ln.greet(t)
+		for range 10 {
+			h.wantAnswers()
+		}
+		synctest.Wait()
+		if c := only(t, a); c.pace.spread != 0 {
+			t.Errorf("want the next calls inline, have %+v", c.pace)
+		}
+	})
+}
+
 // order is a handler that notes the order of the calls.
 type order struct {
 	mu   sync.Mutex

@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/go-kit/log"
 	"github.com/spoa-go/spoa/internal/outbox"
 )
 
@@ -245,6 +246,42 @@ func TestLateBeforeBegun(t *testing.T) {
 			t.Errorf("want permits for %d handlers and nothing with workers, have %d and %v", want, have, box.Busy())
 		}
 	})
+}
+
+// A NOTIFY is finished, and cannot be late any more, when its last message has no
+// handler.
+func TestFinishedWithoutHandler(t *testing.T) {
+	w := newWorkers(newOptions([]Option{WithHandlerTimeout(time.Hour), WithLogger(log.NewNopLogger()), WithHandlerFunc("echo", echo)}))
+	q := &queue{workers: w, ctx: context.Background(), ackSize: 1000}
+	j := newJob(q)
+	j.begin(&frame{}, nil, w.clock())
+	if err := j.decode(appendMessage(appendMessage(nil, echoed("x")), NewMessage("nobody's"))); err != nil {
+		t.Fatal(err)
+	}
+	w.handle(j)
+	if want, have := sets("echo", "x"), inActions(j.done); !j.finished || want != have {
+		t.Errorf("want it finished with %s, have %v, %s", want, j.finished, have)
+	}
+}
+
+// A large buffer is not kept for later.
+func TestPooledBuffers(t *testing.T) {
+	w := newWorkers(newOptions(nil))
+	for _, size := range []int{maxPooled, maxPooled + 1} {
+		j := newJob(&queue{workers: w})
+		j.buf, j.actions.buf = make([]byte, size), make([]byte, size)
+		j.recycle()
+		want := 0
+		if size <= maxPooled {
+			want = size
+		}
+		if have := cap(j.buf); want != have {
+			t.Errorf("payload of %d bytes: want %d kept, have %d", size, want, have)
+		}
+		if have := cap(j.actions.buf); want != have {
+			t.Errorf("actions of %d bytes: want %d kept, have %d", size, want, have)
+		}
+	}
 }
 
 // The context of a NOTIFY behaves as those of package context do.

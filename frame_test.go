@@ -17,9 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
-	"unsafe"
 )
 
 func TestOtherProtocol(t *testing.T) {
@@ -602,43 +600,6 @@ func TestNewMessageCopies(t *testing.T) {
 	if a := m.Arg(0); a.Name != "b" || a.Value.String() != "before" {
 		t.Errorf("want b before, have %s %v", a.Name, a.Value)
 	}
-}
-
-// Names are interned up to a bound, by several goroutines at once.
-func TestNames(t *testing.T) {
-	var n names
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for i := range 4 * len(n.slots) {
-				want := "name-" + strconv.Itoa(i)
-				if have := n.intern([]byte(want)); want != have {
-					t.Errorf("want %s, have %s", want, have)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	for _, size := range []int{0, 1, maxNameLen, maxNameLen + 1, 1 << 20} {
-		long := strings.Repeat("x", size)
-		have := n.intern([]byte(long))
-		if long != have {
-			t.Errorf("want %d x, have %q", size, have)
-		}
-		again := unsafe.StringData(n.intern([]byte(long))) == unsafe.StringData(have)
-		if kept := size <= maxNameLen; kept != again {
-			t.Errorf("name of %d bytes: want kept %v, have %v", size, kept, again)
-		}
-	}
-	usual := make([][]byte, 50) // more than any configuration has
-	for i := range usual {
-		usual[i] = []byte("usual-" + strconv.Itoa(i))
-	}
-	wantAllocs(t, "usual names", 0, func() {
-		for _, name := range usual {
-			n.intern(name)
-		}
-	})
 }
 
 // What a NOTIFY costs is bounded by its bytes, whatever they say.

@@ -61,6 +61,9 @@ from 0 for the worst addresses to 100 for those on no list.
 ` + sourcesUsage + `  -random       scores are random, for trying out: no list or other source is
                 wanted. Without it a start without any warns; with
                 -random=false it fails
+  -trust-proxy prefix
+                of a text such as X-Forwarded-For judge the last address that is
+                not one of these proxies (default: the last one); repeatable
 
   -listen addr  listen here instead: host:port, unix:/path, abns@name or
                 abnsz@name as HAProxy calls abstract sockets, or systemd, which
@@ -99,6 +102,7 @@ type config struct {
 	reputation lists.Files
 	allow      lists.AllowFiles
 	random     *bool // nil: not said
+	proxies    prefixes
 	refresh    time.Duration
 	cache      string
 	lookup     string
@@ -154,6 +158,7 @@ func (c *config) flags() *flag.FlagSet {
 		c.random = &random
 		return err
 	})
+	flags.Var(multi{&c.proxies}, "trust-proxy", "")
 	flags.Var(multi{&c.listen}, "listen", "")
 	flags.Var(&c.unixMode, "unix-mode", "")
 	flags.StringVar(&c.cert, "tls-cert", "", "")

@@ -468,3 +468,42 @@ func TestE2EAbstractSocket(t *testing.T) {
 		}
 	})
 }
+
+// Behind a proxy the client's address is in a header, and the message may have other arguments.
+func TestE2EForwardedFor(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		list := filepath.Join(t.TempDir(), "list")
+		writeFile(t, list, "192.0.2.1\n")
+		agent := startAgent(t, "127.0.0.1:0", "-reputation", list+"=33", "-trust-proxy", "198.51.100.0/24")
+		h := startHAProxy(t, bin, setup{agent: agent.addr, spoe: []string{
+			"    args src\n", "    args path=path ip=req.fhdr(x-forwarded-for)\n",
+			"event on-client-session", "event on-frontend-http-request",
+		}})
+		h.awaitServer(t, "UP", "L7OK")
+		for forwarded, want := range map[string]string{
+			"192.0.2.1":                          "33",
+			"192.0.2.1:1234":                     "33",
+			"203.0.113.1, 192.0.2.1":             "33",
+			"192.0.2.1, 203.0.113.1":             "100",
+			"8.8.8.8, 192.0.2.1, 198.51.100.200": "33",
+			"unknown":                            "error",
+			"":                                   "error",
+		} {
+			req, err := http.NewRequest("GET", h.url, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if forwarded != "" {
+				req.Header.Set("X-Forwarded-For", forwarded)
+			}
+			resp, err := do(newClient(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if have := resp.Header.Get("X-IP-Score") + resp.Header.Get("X-IP-Fault"); have != want {
+				t.Errorf("%q: want %s, have %q", forwarded, want, have)
+			}
+		}
+		agent.await(t, `msg="handler failed".*want an address`)
+	})
+}

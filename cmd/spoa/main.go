@@ -13,9 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -80,7 +78,8 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ";
 
 const (
 	message       = "check-client-ip"
-	maxFragmented = 1 << 20 // bytes of a NOTIFY put together from fragments
+	faultVariable = "ip_fault" // of scope txn: why an ACK has no verdict
+	maxFragmented = 1 << 20    // bytes of a NOTIFY put together from fragments
 )
 
 // newAgent returns an agent with that handler.
@@ -92,6 +91,7 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithDebug(c.debug),
 		spoa.WithLogger(logger),
 		spoa.WithHooks(hooks),
+		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -158,7 +158,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		_ = s.sources.prepare(first) // logs; what is missing is pulled later
 		cancel()
 	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), score), hooks)
+	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{c.proxies}, score), hooks)
 	if s.listeners, s.passed, err = c.openListeners(); err != nil {
 		return nil, err
 	}
@@ -303,57 +303,5 @@ func (s *service) reloadOnce(ctx context.Context) {
 func (s *service) notifySystemd(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		level.Warn(s.logger).Log("msg", "cannot notify systemd", "err", err)
-	}
-}
-
-// scorer sets the variables of an address.
-type scorer func(context.Context, netip.Addr, *spoa.Actions)
-
-// newScorer returns one that goes by lists, or by chance if there are none, and
-// reports to judged every verdict.
-func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
-	if l == nil {
-		return func(_ context.Context, _ netip.Addr, a *spoa.Actions) {
-			judged("", false)
-			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
-		}
-	}
-	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
-		v := l.Lookup(ip)
-		listed := v.State == lists.Listed
-		if !listed {
-			v.List = ""
-		}
-		judged(v.List, listed)
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
-		if listed {
-			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
-		} else {
-			// A session of several requests may have had one before a reload.
-			a.UnsetVar(spoa.ScopeSess, "ip_list")
-		}
-	}
-}
-
-// checkClientIP returns the handler of check-client-ip. It ignores what is no
-// address.
-func checkClientIP(delay time.Duration, score scorer) spoa.HandlerFunc {
-	return func(ctx context.Context, m *spoa.Message, a *spoa.Actions) error {
-		if delay > 0 {
-			t := time.NewTimer(delay)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		if m.Len() != 1 {
-			return nil
-		}
-		if ip, ok := m.Arg(0).Value.Addr(); ok {
-			score(ctx, ip, a)
-		}
-		return nil
 	}
 }

@@ -320,9 +320,9 @@ func TestCheckClientIP(t *testing.T) {
 		{[]spoa.Arg{addr("ip", "2001:db8::1")}, 35, "drop"},
 		{[]spoa.Arg{addr("", "192.0.2.99")}, 100, ""},
 		{[]spoa.Arg{addr("", "198.51.100.1")}, 100, ""},
+		{[]spoa.Arg{{Value: spoa.String("192.0.2.1")}}, 10, "drop"},
 		{nil, -1, ""},
 		{[]spoa.Arg{{}}, -1, ""},
-		{[]spoa.Arg{{Value: spoa.String("192.0.2.1")}}, -1, ""},
 		{[]spoa.Arg{{Value: spoa.Uint32(1)}}, -1, ""},
 		{[]spoa.Arg{{Value: spoa.Binary([]byte{192, 0, 2, 1})}}, -1, ""},
 		{[]spoa.Arg{addr("", "192.0.2.1"), addr("", "192.0.2.2")}, -1, ""},
@@ -331,11 +331,11 @@ func TestCheckClientIP(t *testing.T) {
 		for _, l := range []*lists.Lists{nil, l} {
 			var judged []string
 			var a spoa.Actions
-			h := checkClientIP(0, newScorer(l, func(list string, listed bool) {
+			h := checkClientIP(0, finder{}, newScorer(l, func(list string, listed bool) {
 				judged = append(judged, fmt.Sprint(list, " ", listed))
 			}))
-			if err := h(t.Context(), m, &a); err != nil {
-				t.Errorf("%v: %v", tc.args, err)
+			if err := h(t.Context(), m, &a); (err != nil) != (tc.score < 0) {
+				t.Errorf("%v: want an error where no address can be judged alone, have %v", tc.args, err)
 			}
 			v, set := a.Lookup(spoa.ScopeSess, "ip_score")
 			score, _ := v.Uint()
@@ -359,6 +359,65 @@ func TestCheckClientIP(t *testing.T) {
 	}
 }
 
+func TestFinder(t *testing.T) {
+	text := func(s string) []spoa.Arg { return []spoa.Arg{{Name: "x", Value: spoa.String(s)}} }
+	ip := func(s string) spoa.Value { return spoa.Addr(netip.MustParseAddr(s)) }
+	path := spoa.Arg{Name: "path", Value: spoa.String("/192.0.2.9")}
+	var cdn prefixes
+	for _, s := range []string{"198.51.100.0/24", "2001:db8:cd::/48", "203.0.113.7"} {
+		if err := cdn.Set(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		args    []spoa.Arg
+		proxies prefixes
+		want    string // or the error
+	}{
+		{text("192.0.2.1"), nil, "192.0.2.1"},
+		{text(" 192.0.2.1 "), nil, "192.0.2.1"},
+		{text("2001:db8::1"), nil, "2001:db8::1"},
+		{text("::ffff:192.0.2.1"), nil, "192.0.2.1"},
+		{text("192.0.2.1:65000"), nil, "192.0.2.1"},
+		{text("[2001:db8::1]:65000"), nil, "2001:db8::1"},
+		{text("[2001:db8::1]"), nil, "2001:db8::1"},
+		{text("fe80::1%eth0"), nil, "fe80::1"},
+		// What a client has made up stands before what proxies have added.
+		{text("6.6.6.6, 192.0.2.1"), nil, "192.0.2.1"},
+		{text("6.6.6.6, 192.0.2.1"), cdn, "192.0.2.1"},
+		{text("6.6.6.6, 192.0.2.1, 198.51.100.3"), cdn, "192.0.2.1"},
+		{text("6.6.6.6,192.0.2.1,2001:db8:cd::1,203.0.113.7"), cdn, "192.0.2.1"},
+		{text("6.6.6.6, 198.51.100.3, 192.0.2.1"), cdn, "192.0.2.1"},
+		{text("198.51.100.4, 198.51.100.3"), cdn, "198.51.100.4"},
+		{text("6.6.6.6, unknown, 198.51.100.3"), cdn, `text "unknown": want an address`},
+		{text("6.6.6.6, "), nil, `text ""`},
+		{text(""), nil, `text ""`},
+		{text("localhost"), nil, `text "localhost"`},
+		{text(strings.Repeat("x", 16000)), nil, `text "` + strings.Repeat("x", 64) + `": want`},
+		{[]spoa.Arg{{Value: spoa.Uint32(1)}}, nil, "argument is uint32: want an address"},
+		{[]spoa.Arg{{}}, nil, "argument is null: want an address"},
+		{nil, nil, "no argument"},
+		{[]spoa.Arg{path, {Name: "src", Value: ip("192.0.2.1")}}, nil, "192.0.2.1"},
+		{[]spoa.Arg{path, {Name: "ip", Value: ip("192.0.2.1")}, {Name: "dst", Value: ip("192.0.2.2")}}, nil, "192.0.2.1"},
+		{[]spoa.Arg{{Name: "addr", Value: ip("192.0.2.2")}, {Name: "ip", Value: ip("192.0.2.1")}}, nil, "192.0.2.1"},
+		{[]spoa.Arg{path, {Value: ip("192.0.2.1")}}, nil, "192.0.2.1"},
+		{[]spoa.Arg{path, {Name: "ip"}, {Value: ip("192.0.2.1")}}, nil, "argument is null"},
+		{[]spoa.Arg{path, {Name: "dst", Value: ip("192.0.2.2")}, {Value: ip("192.0.2.1")}}, nil, "2 addresses in 3 arguments: want one of them named ip"},
+		{[]spoa.Arg{path, path}, nil, "0 addresses in 2 arguments"},
+	} {
+		have, err := finder{tc.proxies}.address(spoa.NewMessage(message, tc.args...))
+		if err != nil && strings.Contains(err.Error(), tc.want) {
+			continue
+		}
+		if err != nil || have.String() != tc.want {
+			t.Errorf("%v: want %s, have %v, %v", tc.args, tc.want, have, err)
+		}
+	}
+	if err := new(prefixes).Set("example.com"); err == nil || !strings.Contains(err.Error(), "want an address or a prefix") {
+		t.Errorf("want the right form in the error, have %v", err)
+	}
+}
+
 func TestRandomScoreRange(t *testing.T) {
 	score := newScorer(nil, func(string, bool) {})
 	seen := map[uint64]bool{}
@@ -377,7 +436,7 @@ func TestRandomScoreRange(t *testing.T) {
 func TestDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))})
-		h := checkClientIP(15*time.Millisecond, newScorer(nil, func(string, bool) {}))
+		h := checkClientIP(15*time.Millisecond, finder{}, newScorer(nil, func(string, bool) {}))
 		var a spoa.Actions
 		began := time.Now()
 		if err := h(t.Context(), m, &a); err != nil || time.Since(began) != 15*time.Millisecond {
@@ -398,7 +457,7 @@ func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent := newAgent(c, logger, checkClientIP(time.Duration(c.delay), newScorer(nil, func(string, bool) {})), spoa.Hooks{})
+	agent := newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{}, newScorer(nil, func(string, bool) {})), spoa.Hooks{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -497,6 +556,22 @@ func TestFrameSizeAndRotation(t *testing.T) {
 	var d *spoa.DisconnectError
 	if n != 4 || !errors.As(err, &d) || !d.Remote || d.Status != spoa.StatusNormal {
 		t.Errorf("want the connection closed after 3, have %d answered and %v", n-1, err)
+	}
+}
+
+// What cannot be judged is said in the answer, too.
+func TestFaultVariable(t *testing.T) {
+	addr := serveConfig(t, log.NewNopLogger())
+	c, err := spoa.Dial(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for name, want := range map[string]string{message: "error", "another": "no-handler"} {
+		actions, err := c.Notify(t.Context(), spoa.NewMessage(name))
+		if err != nil || len(actions) != 1 || actions[0].Scope != spoa.ScopeTxn || actions[0].Name != "ip_fault" || actions[0].Value.String() != want {
+			t.Errorf("%s: want txn.ip_fault %s, have %v, %v", name, want, actions, err)
+		}
 	}
 }
 

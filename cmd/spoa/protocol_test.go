@@ -37,9 +37,19 @@ func faultText() spoa.Option {
 // Failing closed: the handler sets its verdict when it succeeds and never when it doesn't, in the scope txn, since one of
 // the scope sess would be found again by the next request of the connection; HAProxy denies what has no verdict.
 func TestE2EFailClosed(t *testing.T) {
+	failClosed(t, "unless { var(txn.iprep.ip_score) -m found }")
+}
+
+// The other habit: HAProxy denies what has an error, of its own option set-on-error or of the agent's WithFaultVar.
+func TestE2EFailClosedByError(t *testing.T) {
+	failClosed(t, "if { var(txn.iprep.error) -m int gt 0 }")
+}
+
+func failClosed(t *testing.T, condition string) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
 		release := make(chan struct{})
 		addr := serveHere(t, spoa.WithHandlerTimeout(50*time.Millisecond), spoa.WithWorkers(1), faultText(),
+			spoa.WithFaultVar(spoa.ScopeTxn, "error", spoa.Int(255)),
 			spoa.WithHandlerFunc("check-client-ip", func(_ context.Context, m *spoa.Message, a *spoa.Actions) error {
 				a.SetVar(spoa.ScopeTxn, "ip_score", spoa.Uint32(100))
 				switch v, _ := m.Lookup("do"); v.String() {
@@ -57,7 +67,7 @@ func TestE2EFailClosed(t *testing.T) {
 			agent: addr,
 			cfg: []string{
 				"    http-request deny status 403 if { var(sess.iprep.ip_score) -m int lt 20 }",
-				"    http-request deny status 403 unless { var(txn.iprep.ip_score) -m found }\n" +
+				"    http-request deny status 403 " + condition + "\n" +
 					"    http-after-response set-header X-Fault %[var(txn.iprep.fault)] if { var(txn.iprep.fault) -m found }",
 			},
 			spoe: []string{"args src", "args src do=req.hdr(x-do)", "event on-client-session\n", "event on-frontend-http-request\n"},

@@ -137,7 +137,7 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		t.Fatal(err)
 	}
 	v := new(verdicts)
-	return checkClientIP(0, s.scorer(v.judged, v.wouldDeny)), v
+	return checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny)), v
 }
 
 // verdicts is what a scorer reports.

@@ -43,6 +43,7 @@ type pageData struct {
 	Unlisted             string
 	RandomScores         string
 	Faults               []pageFault
+	Lookup               *lookupPage // nil: none was asked for
 }
 
 type pageConn struct {
@@ -59,6 +60,9 @@ type pageList struct {
 	Name, File, Kind, Entries, Verdicts, Loaded, Age string
 	BadLines                                         int
 	Reloads, Failures                                uint64
+	Checked                                          string // of a list by URL: when its server last answered, and how
+	Problem                                          string
+	Warnings                                         []string
 }
 
 type pageCount struct{ Name, Count string }
@@ -70,6 +74,10 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 	if n, err := strconv.Atoi(r.FormValue("refresh")); err == nil && n > 0 {
 		d.Refresh = min(n, 3600)
 	}
+	d.write(w)
+}
+
+func (d *pageData) write(w http.ResponseWriter) {
 	var b bytes.Buffer
 	if err := pageTemplate.Execute(&b, d); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -78,7 +86,7 @@ func (st *Status) page(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy",
-		"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	w.Write(b.Bytes())
@@ -150,6 +158,7 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 		p := pageList{
 			Name: s.Name, File: s.File, Kind: listKind(s), Entries: number(float64(s.Entries)), BadLines: s.BadLines,
 			Loaded: short(now.Sub(s.Loaded)), Age: short(now.Sub(s.Modified)), Reloads: s.Reloads, Failures: s.Failures,
+			Checked: checked(s, now), Problem: s.Problem, Warnings: s.Warnings,
 		}
 		if c := st.verdicts[s.Name]; c != nil && !s.Allow {
 			p.Verdicts = number(value(c))

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -119,11 +120,19 @@ type finding struct {
 	Decision string `json:"decision,omitempty"`
 }
 
-// lookup answers what each list and other source says of an address.
+// lookup answers what each list and other source says of an address: browsers
+// with the page, others with JSON.
 func (st *Status) lookup(w http.ResponseWriter, r *http.Request) {
-	addr, err := netip.ParseAddr(r.FormValue("ip"))
+	addr, err := netip.ParseAddr(strings.TrimSpace(r.FormValue("ip")))
 	if err != nil {
 		http.Error(w, "want /lookup?ip=ADDRESS", http.StatusBadRequest)
+		return
+	}
+	if strings.Contains(r.Header.Get("Accept"), "text/html") {
+		now := time.Now()
+		d := st.pageData(now)
+		d.Lookup = newLookupPage(st.explain(r.Context(), addr), now)
+		d.write(w)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -137,7 +146,7 @@ func (st *Status) lookup(w http.ResponseWriter, r *http.Request) {
 func (st *Status) explain(ctx context.Context, addr netip.Addr) *explanation {
 	e := &explanation{Addr: addr.Unmap().WithZone(""), Score: reputation.BestScore, State: reputation.NotListed.String()}
 	if l := st.config.Lists; l != nil {
-		e.Lists = l.Explain(addr)
+		e.Lists = append([]lists.Match{}, l.Explain(addr)...) // [] in JSON where there is none
 		v := l.Lookup(addr)
 		e.State, e.Score = v.State.String(), v.Score
 	}

@@ -310,7 +310,8 @@ func listDesc(name, help string, more ...string) *prometheus.Desc {
 
 // Describe implements prometheus.Collector.
 func (st *Status) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc} {
+	for _, d := range []*prometheus.Desc{connsDesc, inFlightDesc, entriesDesc, badDesc, ageDesc, loadedDesc, reloadsDesc,
+		refusedDesc, warningsDesc, checkedDesc, statusDesc, nextDesc} {
 		ch <- d
 	}
 }
@@ -340,6 +341,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
+		collectList(s, labels, send)
 	}
 }
 

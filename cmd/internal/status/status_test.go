@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -339,8 +340,12 @@ func readPage(t *testing.T, page string) (rows []string) {
 		case xml.StartElement:
 			open = append(open, tok.Name.Local)
 			switch tok.Name.Local {
-			case "script", "img", "iframe", "object", "form":
+			case "script", "img", "iframe", "object":
 				t.Errorf("want no <%s>", tok.Name.Local)
+			case "form":
+				if !slices.Contains(tok.Attr, xml.Attr{Name: xml.Name{Local: "action"}, Value: "/lookup"}) {
+					t.Errorf("want no form but for looking up, have %v", tok.Attr)
+				}
 			case "td":
 				label, text = "", ""
 			}

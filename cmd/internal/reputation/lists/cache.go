@@ -82,6 +82,19 @@ func (c cache) spool(url string, a answer, body io.Reader) (s spool, err error) 
 	return s, nil
 }
 
+// sweep removes what a process that was killed left behind.
+func (c cache) sweep() {
+	if c.dir == "" {
+		return
+	}
+	left, _ := filepath.Glob(filepath.Join(escapeGlob(c.dir), ".fetched-*"))
+	for _, name := range left {
+		if fi, err := os.Stat(name); err == nil && time.Since(fi.ModTime()) > time.Hour {
+			os.Remove(name)
+		}
+	}
+}
+
 func (c cache) create() (*os.File, error) {
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return nil, err

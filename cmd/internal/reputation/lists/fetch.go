@@ -14,6 +14,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -21,8 +22,8 @@ import (
 )
 
 const (
-	maxFetched   = 256 << 20       // bytes of a list by URL, as they come
-	maxRedirects = 5               //
+	maxFetched   = 256 << 20 // bytes of a list by URL, as they come
+	maxRedirects = 5
 	fetchTime    = 5 * time.Minute // for an answer, from the first byte to the last
 	tries        = 4               // at each fetch
 	longestWait  = time.Minute     // between tries; who asks for more is asked again at the next fetch
@@ -31,14 +32,14 @@ const (
 	agent        = "spoa (+https://github.com/spoa-go/spoa)"
 )
 
-// origin is what is known of a URL. Its fetching goroutine owns it.
+// origin is what is known of a URL.
 type origin struct {
+	mu           sync.Mutex // one fetch at a time; taken before Lists.mu; guards the rest
 	etag         string
 	lastModified string
 	every        time.Duration // how often the list changes, as it says itself
 	maxAge       time.Duration // how long the answer is good, as the server says
 	retryAfter   time.Duration // what the server asked for when it refused
-	begun        bool          // Open has done with it
 }
 
 // remote fetches lists.
@@ -47,6 +48,7 @@ type remote struct {
 	cache  cache
 	pause  time.Duration // before the second try
 	limit  time.Duration // for an answer
+	most   int64         // bytes of an answer
 }
 
 func newRemote(o Options) remote {
@@ -68,7 +70,8 @@ func newRemote(o Options) remote {
 		}
 		return nil
 	}
-	return remote{client: client, cache: cache{o.Cache}, pause: cmp.Or(o.pause, time.Second), limit: cmp.Or(o.timeout, fetchTime)}
+	return remote{client: client, cache: cache{o.Cache}, pause: cmp.Or(o.pause, time.Second), limit: cmp.Or(o.timeout, fetchTime),
+		most: cmp.Or(o.most, maxFetched)}
 }
 
 // showURL returns a URL without its user and query, in which secrets may be, and
@@ -152,14 +155,14 @@ func (r *remote) try(ctx context.Context, rawURL string, o *origin) (a answer, e
 	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
 		return a, backoff.Permanent(refuse(Malformed, errors.New("a web page, no list")))
 	}
-	a.body, err = r.cache.spool(rawURL, a, io.LimitReader(resp.Body, maxFetched+1))
+	a.body, err = r.cache.spool(rawURL, a, io.LimitReader(resp.Body, r.most+1))
 	switch {
 	case ctx.Err() != nil: // whatever the server made of the end
 		a.body.discard()
 		return a, context.Cause(ctx)
-	case err == nil && a.body.size > maxFetched:
+	case err == nil && a.body.size > r.most:
 		a.body.discard()
-		return a, backoff.Permanent(fmt.Errorf("more than %d MiB", maxFetched>>20))
+		return a, backoff.Permanent(fmt.Errorf("more than %d MiB", r.most>>20))
 	}
 	return a, err
 }
@@ -212,6 +215,8 @@ func maxAge(h http.Header) time.Duration {
 // openURL brings the list of s into force for the first time: from the cache if
 // that is young enough, else from its server, else from the cache however old.
 func (l *Lists) openURL(ctx context.Context, s *source) error {
+	s.origin.mu.Lock()
+	defer s.origin.mu.Unlock()
 	kept, err := l.remote.cache.open(s.Path)
 	if err == nil {
 		err = l.take(s, kept.spool, kept.answer, kept.fetched)
@@ -224,16 +229,17 @@ func (l *Lists) openURL(ctx context.Context, s *source) error {
 		l.schedule(s, l.interval(s)-age)
 		return nil
 	case err == nil:
-		if err := l.refresh(ctx, s); err != nil {
+		if err := l.refreshLocked(ctx, s); err != nil {
 			level.Warn(l.logger).Log("list", s.name, "msg", "not fetched, last copy used", "file", s.shown,
 				"age", age.Round(time.Second), "err", err)
 		}
 		return ctx.Err()
 	}
-	return l.refresh(ctx, s)
+	return l.refreshLocked(ctx, s)
 }
 
-// take reads a list from body and puts it in force.
+// take reads a list from body and puts it in force. The caller must hold
+// origin.mu.
 func (l *Lists) take(s *source, body spool, a answer, fetched time.Time) error {
 	modified, err := http.ParseTime(a.lastModified)
 	if err != nil {
@@ -256,8 +262,40 @@ func (l *Lists) take(s *source, body spool, a answer, fetched time.Time) error {
 	return l.report([]result{r})
 }
 
+// eachURL calls f for each list by URL, for all at once, and returns their errors.
+func (l *Lists) eachURL(f func(*source) error) error {
+	sources := *l.sources.Load()
+	errs := make([]error, len(sources))
+	var all sync.WaitGroup
+	for i, s := range sources {
+		if s.url() {
+			all.Go(func() { errs[i] = f(s) })
+		}
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// tooSoon reports whether the server of s, or the list, has asked for a later
+// fetch than now.
+func (l *Lists) tooSoon(s *source) bool {
+	s.origin.mu.Lock()
+	defer s.origin.mu.Unlock()
+	stats := s.stats.Load()
+	if s.origin.retryAfter > 0 && time.Now().Before(stats.Next) {
+		return true
+	}
+	return time.Since(stats.Checked) < max(s.origin.every, s.origin.maxAge)
+}
+
 // refresh fetches the list of s and puts it in force if it has changed.
 func (l *Lists) refresh(ctx context.Context, s *source) error {
+	s.origin.mu.Lock()
+	defer s.origin.mu.Unlock()
+	return l.refreshLocked(ctx, s)
+}
+
+func (l *Lists) refreshLocked(ctx context.Context, s *source) error {
 	s.origin.retryAfter = 0
 	a, err := l.remote.fetch(ctx, s.Path, &s.origin)
 	now := time.Now()
@@ -300,8 +338,8 @@ func (l *Lists) answered(s *source, status int, at time.Time) {
 	s.stats.Store(&stats)
 }
 
-// interval is how long to wait from one fetch of s to the next: what the flag
-// says, but no less than the list or its server ask for.
+// interval returns how long to wait from one fetch of s to the next: what the flag
+// says, but no less than the list or its server ask for. The caller must hold origin.mu.
 func (l *Lists) interval(s *source) time.Duration {
 	return max(l.options.Refresh, s.origin.every, s.origin.maxAge)
 }

@@ -33,6 +33,7 @@ type Options struct {
 	Stdin   io.Reader     // of the list named "-"
 
 	settle, pause, timeout time.Duration // for tests; 0 for those of Lists and remote
+	most                   int64         // for tests, too
 }
 
 // Lists answers what block lists and allow lists say of an address. Their sources
@@ -47,6 +48,8 @@ type Lists struct {
 	poll     time.Duration              // how often files are looked at without an event
 	settle   time.Duration              // how long a changed file must stay as it is before it is read
 	onReload func(list string, ok bool) // for tests; nil for none
+
+	opened atomic.Bool // all lists have been in force
 
 	mu      sync.Mutex                // one load at a time; guards named, and the sources' unexported state
 	named   []*named                  // in the order of the flags, allow lists last
@@ -115,18 +118,15 @@ func Open(ctx context.Context, o Options) (*Lists, error) {
 		l.named = append(l.named, &named{File: f, allow: true})
 	}
 	l.table.Store(newTable(nil))
+	l.remote.cache.sweep()
 	l.mu.Lock()
 	l.expand(true)
 	l.mu.Unlock()
-	var errs []error
-	for _, s := range *l.sources.Load() {
-		if s.url() {
-			errs = append(errs, l.openURL(ctx, s))
-		}
-	}
-	if err := errors.Join(append(errs, l.loadFiles(ctx, func(*source) bool { return true }))...); err != nil {
+	err := l.loadFiles(ctx, func(*source) bool { return true })
+	if err = errors.Join(err, l.eachURL(func(s *source) error { return l.openURL(ctx, s) })); err != nil {
 		return nil, err
 	}
+	l.opened.Store(true)
 	return l, nil
 }
 
@@ -203,17 +203,16 @@ func (l *Lists) Stats() []Stats {
 }
 
 // Reload reads every list again, changed or not; those by URL only if their
-// servers have another version. Of one that cannot be used the previous content
+// servers have another version, and do not want to be asked later. Of one that cannot be used the previous content
 // stays in force; the error, already logged, names all of these.
 func (l *Lists) Reload(ctx context.Context) error {
-	var errs []error
-	for _, s := range *l.sources.Load() {
-		if s.url() {
-			errs = append(errs, l.refresh(ctx, s))
+	err := l.loadFiles(ctx, func(*source) bool { return true })
+	return errors.Join(err, l.eachURL(func(s *source) error {
+		if l.tooSoon(s) {
+			return nil
 		}
-	}
-	errs = append(errs, l.loadFiles(ctx, func(*source) bool { return true }))
-	return errors.Join(errs...)
+		return l.refresh(ctx, s)
+	}))
 }
 
 // result is what became of a list that was read.
@@ -265,10 +264,13 @@ func (l *Lists) refused(s *source, err error) {
 	}
 	counts[reasonOf(err)]++
 	stats.Refused, stats.Problem = counts, err.Error()
-	if !stats.Loaded.IsZero() {
+	switch {
+	case !stats.Loaded.IsZero():
 		stats.Failures++
 		level.Error(l.logger).Log("msg", "list not reloaded, previous content stays in force", "list", s.name,
 			"loaded", stats.Loaded, "reason", reasonOf(err), "err", err)
+	case l.opened.Load():
+		level.Error(l.logger).Log("msg", "list not loaded", "list", s.name, "reason", reasonOf(err), "err", err)
 	}
 	s.stats.Store(&stats)
 }
@@ -335,7 +337,7 @@ func (l *Lists) report(results []result) error {
 func (c *content) warnings(s *source, hasAllow bool, before int) (all []string) {
 	warn := func(format string, args ...any) { all = append(all, s.shown+": "+fmt.Sprintf(format, args...)) }
 	if c.numbers > 0 && c.column.Kind == ColumnUnsaid {
-		warn("%d addresses have a number behind them, first in line %d; it is not used, each scores %d; to choose, put ,column=KIND "+
+		warn("the numbers behind addresses (%d, the first in line %d) are not used, each address scores %d; to choose, put ,column=KIND "+
 			"behind the list's name, or a comment \"# spoa: column=KIND\" before its first entry; KIND is %s", c.numbers, c.number, s.Score, columnKinds)
 	}
 	if c.numbers == 0 && c.lines > 0 && (c.column.Kind == ColumnScore || c.column.Kind == ColumnBadness) {
@@ -358,6 +360,9 @@ func (c *content) warnings(s *source, hasAllow bool, before int) (all []string) 
 	}
 	if c.wide != nil {
 		warn("%v; taken nevertheless, by accept=wide", c.wide)
+	}
+	if strings.HasPrefix(s.Path, "http://") {
+		warn("fetched without TLS, anybody on the way can change it")
 	}
 	if c.private.IsValid() && !hasAllow {
 		warn("it has private addresses, such as %v; exempt yours with -allow", c.private)

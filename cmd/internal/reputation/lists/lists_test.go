@@ -325,7 +325,7 @@ func TestLog(t *testing.T) {
 		{"none of no records", "192.0.2.1\n" + `{"type":"metadata","records":0}`, "", false, nil, []string{"level=warn"}},
 		{"entries", firehol + "192.0.2.1\n", "", false, []string{"3 entries, more than the 2 1"}, nil},
 		{"numbers", "# x\n198.51.100.7\t10\n203.0.113.9\t3\n", "=5", false,
-			[]string{"2 addresses have a number behind them, first in line 2; it is not used, each scores 5 1", "# spoa: column=KIND 1", "badness 1"}, nil},
+			[]string{"(2, the first in line 2) are not used, each address scores 5 1", "# spoa: column=KIND 1", "badness 1"}, nil},
 		{"numbers to ignore", "198.51.100.7\t10\n", ",column=ignore", false, nil, []string{"level=warn"}},
 		{"counts", "198.51.100.7\t10\n203.0.113.9\t3\n", ",column=count>=4", false, []string{"entries=1 1"}, []string{"level=warn"}},
 		{"counts too low", "198.51.100.7\t10\n203.0.113.9\t3\n", ",column=count>=40", false, []string{"none of 2 reaches count>=40 1"}, nil},
@@ -346,7 +346,7 @@ func TestLog(t *testing.T) {
 			if err := files.Set("list.txt" + tc.options); err != nil {
 				t.Fatal(err)
 			}
-			var buf bytes.Buffer
+			var buf logBuffer
 			o := Options{Logger: log.NewLogfmtLogger(&buf), Block: files}
 			if tc.allow {
 				o.Allow = []File{{Path: "allow.txt"}}
@@ -407,7 +407,7 @@ func TestReload(t *testing.T) {
 	writeFile(t, a, "192.0.2.1 10\n")
 	writeFile(t, b, "192.0.2.2 20\n")
 	writeFile(t, allow, "192.0.2.3\n")
-	var buf bytes.Buffer
+	var buf logBuffer
 	l, err := openLists(t, Options{Logger: log.NewLogfmtLogger(&buf), Block: []File{scored(a), scored(b)}, Allow: []File{{Path: allow}}})
 	if err != nil {
 		t.Fatal(err)
@@ -595,4 +595,28 @@ func writeFile(tb testing.TB, path, data string) {
 	if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
 		tb.Fatal(err)
 	}
+}
+
+// logBuffer takes what several goroutines log.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *logBuffer) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b.Reset()
 }

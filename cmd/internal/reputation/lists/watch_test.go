@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"github.com/go-kit/log"
 )
 
 func TestWatchRename(t *testing.T) {
@@ -258,7 +259,8 @@ func TestDirectory(t *testing.T) {
 		writeFile(t, file("a.txt"), "192.0.2.1 10\n")
 		writeFile(t, file(".hidden.txt"), "192.0.2.1 0\n")
 		writeFile(t, file("old.txt~"), "192.0.2.1 0\n")
-		l, err := openLists(t, Options{Block: []File{scored(filepath.Join(dir, pattern))}})
+		var buf logBuffer
+		l, err := openLists(t, Options{Logger: log.NewLogfmtLogger(&buf), Block: []File{scored(filepath.Join(dir, pattern))}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -283,6 +285,14 @@ func TestDirectory(t *testing.T) {
 				t.Fatal(err)
 			}
 			check("it goes", 10, "a")
+			writeFile(t, file("c.txt"), "bad\n")
+			check("a bad one comes", 10, "a", "c")
+			if !strings.Contains(buf.String(), `msg="list not loaded" list=c reason=malformed`) {
+				t.Errorf("want the bad one in the log, have\n%s", &buf)
+			}
+			if err := os.Remove(file("c.txt")); err != nil {
+				t.Fatal(err)
+			}
 			if err := os.Remove(file("a.txt")); err != nil {
 				t.Fatal(err)
 			}

@@ -110,8 +110,11 @@ func (c *conn) look() drain.Look {
 // connection after the answers. It does not block.
 func (c *conn) part(seen drain.Look, force bool) bool {
 	bye := appendDisconnect(nil, frameAgentDisconnect, StatusNormal, endStopping.message)
-	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) && !force {
-		return false
+	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) {
+		if !force {
+			return false
+		}
+		c.box.Release() // the reader may wait until less is unsent
 	}
 	c.leave()
 	go c.box.Flush() // it blocks if the peer does not read
@@ -644,7 +647,9 @@ func (rd *reader) flush() {
 }
 
 // waitForRoom waits until another NOTIFY may be in flight. It fails if no answer
-// can be sent any more, unless siblings can carry it.
+// can be sent any more, unless siblings can carry it; those held back, with
+// which the drain has parted the connection in this moment, are sent all the
+// same.
 func (rd *reader) waitForRoom() error {
 	c := rd.conn
 	room, open := c.box.Room()
@@ -653,13 +658,10 @@ func (rd *reader) waitForRoom() error {
 		rd.batchStart = 0
 		open = c.box.WaitForRoom()
 	}
-	switch {
-	case open || c.box.Siblings() > 0 && c.ctx.Err() == nil:
+	if open || c.box.Siblings() > 0 && c.ctx.Err() == nil {
 		return nil
-	case c.leaving.Load():
-		return endStopping
 	}
-	return net.ErrClosed
+	return endStopping
 }
 
 // read reads what there is, and waits if there is nothing.

@@ -197,17 +197,6 @@ func TestIDs(t *testing.T) {
 	}
 }
 
-// notifySized returns a NOTIFY whose length field says n.
-func notifySized(n int) string {
-	pad := n - 5 - 2 // type, flags, ids
-	for l := pad; ; l-- {
-		payload := string(appendMessage(nil, NewMessage("number", Arg{"", String(strings.Repeat("x", l))})))
-		if len(payload) == pad {
-			return rawFrame(frameNotify, flagFIN, 1, 2, payload)
-		}
-	}
-}
-
 func TestFrameSize(t *testing.T) {
 	for _, size := range []int{300, 4092, 4093, 16380, 65535, 1 << 20} {
 		_, ln := startMem(t, withNumbered(), WithMaxFrameSize(1<<20))

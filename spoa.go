@@ -450,6 +450,7 @@ func (a *Agent) notified(c *conn) {
 // what package drain decides. It belongs to one goroutine.
 type drainer struct {
 	agent *Agent
+	phase int32         // of the agent, at the last look
 	from  time.Duration // the listeners stay open until then: HAProxy may still send new connections
 	until time.Duration // everything is closed then; 0: no such time
 	seq   uint64        // of the agent's connections when they were last gathered
@@ -502,12 +503,14 @@ func (d *drainer) step(now time.Duration) (next time.Duration, over bool) {
 	a := d.agent
 	phase := a.phase.Load()
 	listening := d.gather(now)
-	switch {
-	case d.until > 0 || phase == draining:
-	case phase == stopping:
-		d.until = now + stopFor
-	case phase == closed:
-		d.until = now + closeFor
+	if phase != d.phase {
+		d.phase = phase
+		switch phase {
+		case stopping:
+			d.until = now + stopFor
+		case closed:
+			d.until = now + closeFor
+		}
 	}
 	switch {
 	case d.conns == 0 && (phase >= stopping || !listening || now >= d.from):

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"io/fs"
 	"math"
@@ -32,6 +33,10 @@ from 0 for the worst addresses to 100 for those on no list.
   -c name       announce a capability, repeatable: pipelining (always on),
                 async, fragmentation
   -t time       wait before each answer: 15 (milliseconds), or 10us, 15ms, 1s
+  -handler-timeout time
+                how long an answer may take before HAProxy gets one without a
+                verdict (default 500ms and what -t waits); 0 is for ever. Let it
+                be HAProxy's timeout processing
   -f frames     close a connection after that many frames
 
   -reputation list[=score][,column=kind][,field=name][,accept=fault]
@@ -92,33 +97,34 @@ certificates again; lists are also read when their files change.
 
 // config is what the command line, the environment and the file say.
 type config struct {
-	debug      bool
-	frame      int
-	port       int
-	workers    int
-	caps       stringList
-	delay      delay
-	frames     int
-	reputation lists.Files
-	allow      lists.AllowFiles
-	random     *bool // nil: not said
-	proxies    prefixes
-	refresh    time.Duration
-	cache      string
-	lookup     string
-	sources    sourceFlags
-	listen     listen.Addrs
-	unixMode   fileMode
-	cert       string
-	key        string
-	clientCA   string
-	metrics    listen.Addr
-	drain      time.Duration
-	logFormat  string
-	logLevel   string
-	check      bool
-	version    bool
-	notes      []string // what is odd but no error
+	debug          bool
+	frame          int
+	port           int
+	workers        int
+	caps           stringList
+	delay          delay
+	frames         int
+	reputation     lists.Files
+	allow          lists.AllowFiles
+	random         *bool         // nil: not said
+	handlerTimeout time.Duration // how long an answer may take; negative: not said
+	proxies        prefixes
+	refresh        time.Duration
+	cache          string
+	lookup         string
+	sources        sourceFlags
+	listen         listen.Addrs
+	unixMode       fileMode
+	cert           string
+	key            string
+	clientCA       string
+	metrics        listen.Addr
+	drain          time.Duration
+	logFormat      string
+	logLevel       string
+	check          bool
+	version        bool
+	notes          []string // what is odd but no error
 }
 
 const (
@@ -130,7 +136,7 @@ const (
 // newConfig returns the defaults.
 func newConfig() *config {
 	return &config{
-		frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
+		handlerTimeout: -1, frame: 65535, port: 12345, workers: 5, unixMode: 0o660, drain: 10 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
 		sources: sourceFlags{interval: crowdsec.DefaultInterval, budget: 5 * time.Millisecond, denyBelow: 20},
 	}
 }
@@ -146,6 +152,7 @@ func (c *config) flags() *flag.FlagSet {
 	flags.Var(number{&c.workers, 1, maxWorkers, "a number of workers"}, "n", "")
 	flags.Var(multi{&c.caps}, "c", "")
 	flags.Var(&c.delay, "t", "")
+	flags.Var(period{&c.handlerTimeout}, "handler-timeout", "")
 	flags.Var(number{&c.frames, 0, math.MaxInt32, "a number of frames"}, "f", "")
 	flags.Var(multi{&c.reputation}, "reputation", "")
 	flags.Var(multi{&c.allow}, "allow", "")
@@ -197,6 +204,8 @@ func (c *config) validate() error {
 		return errors.New("-tls-cert and -tls-key need each other")
 	case c.clientCA != "" && c.cert == "":
 		return errors.New("-tls-client-ca needs -tls-cert")
+	case c.handlerTimeout > 0 && c.handlerTimeout < time.Millisecond:
+		return fmt.Errorf("-handler-timeout %v: want 1ms or more, or 0 for ever", c.handlerTimeout)
 	case c.random != nil && *c.random && c.judges():
 		return errors.New("-random and lists or other sources: want one of them")
 	case c.random != nil && !*c.random && !c.judges():
@@ -209,6 +218,19 @@ func (c *config) validate() error {
 		c.notes = append(c.notes, "no list: scores are random, for trying out only; want -reputation FILE, or -random to say so")
 	}
 	return c.sources.validate()
+}
+
+// defaultTimeout is the timeout processing of the example configurations. HAProxy
+// forgets a request then, so that a later answer is wasted. A default as short as
+// the 15 ms of HAProxy's own example would turn answers down that others wait for.
+const defaultTimeout = 500 * time.Millisecond
+
+// timeout returns how long an answer may take, 0 for ever.
+func (c *config) timeout() time.Duration {
+	if c.handlerTimeout < 0 {
+		return defaultTimeout + time.Duration(c.delay)
+	}
+	return c.handlerTimeout
 }
 
 // judges reports whether scores come from anything but chance.

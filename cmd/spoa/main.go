@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -26,16 +27,23 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
+// flushTimeout is how long the end waits for the last lines of the log.
+const flushTimeout = time.Second
+
 func main() {
+	signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before the agent
 	os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-func realMain(args []string, stdout, stderr io.Writer) int {
+func realMain(args []string, stdout, stderrFile io.Writer) int {
+	stderr := linewriter.New(stderrFile)
+	defer stderr.Close(flushTimeout)
 	c, err := parse(args, os.Environ())
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -59,7 +67,7 @@ func realMain(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "spoa: %s\n", said)
 		return 0
 	}
-	run := serve
+	run := func(c *config, _ io.Writer) error { return serve(c, stderr) }
 	switch {
 	case c.lookup != "":
 		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
@@ -92,6 +100,9 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 		spoa.WithLogger(logger),
 		spoa.WithHooks(hooks),
 		spoa.WithFaultFunc(spoa.ScopeTxn, faultVariable, func(f spoa.Fault, _ error) spoa.Value { return spoa.String(f.String()) }),
+	}
+	if d := c.timeout(); d > 0 {
+		opts = append(opts, spoa.WithHandlerTimeout(d))
 	}
 	if c.frames > 0 {
 		opts = append(opts, spoa.WithRotation(c.frames))
@@ -126,7 +137,7 @@ type service struct {
 }
 
 // newService loads the lists and certificates, and opens the listeners.
-func newService(ctx context.Context, c *config, logger log.Logger) (*service, error) {
+func newService(ctx context.Context, c *config, logger log.Logger, stderr *linewriter.Writer) (*service, error) {
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
@@ -146,6 +157,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
+		Dropped:  stderr.Dropped,
 	})
 	var hooks spoa.Hooks
 	if c.metrics.Network != "" {
@@ -172,7 +184,7 @@ func newService(ctx context.Context, c *config, logger log.Logger) (*service, er
 }
 
 // serve runs the agent until a signal ends it.
-func serve(c *config, stderr io.Writer) error {
+func serve(c *config, stderr *linewriter.Writer) error {
 	// Before anything that takes time, so that no signal falls through.
 	hup, end := make(chan os.Signal, 1), make(chan os.Signal, 2)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -181,13 +193,16 @@ func serve(c *config, stderr io.Writer) error {
 	defer signal.Stop(end)
 
 	logger := c.logger(stderr)
-	opening, opened := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	s, err := newService(opening, c, logger)
-	ended := opening.Err() != nil
-	opened()
+	stderr.Notice(func(dropped uint64) []byte {
+		var b bytes.Buffer
+		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
+		return b.Bytes()
+	})
+	level.Debug(logger).Log("msg", "opening lists, certificates and sockets")
+	s, err := open(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
 	switch {
-	case err != nil && ended:
-		level.Info(logger).Log("msg", "ended before it was ready")
+	case errors.Is(err, run.ErrSignal):
+		level.Info(logger).Log("msg", "ended before it was ready", "reason", err)
 		return nil
 	case err != nil:
 		return err
@@ -266,10 +281,52 @@ func (s *service) serveOne(l net.Listener) error {
 	return err
 }
 
+// open calls f, but a signal ends the wait for it at once: a file may hang.
+func open(end <-chan os.Signal, f func(context.Context) (*service, error)) (*service, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	type result struct {
+		s   *service
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		s, err := f(ctx)
+		done <- result{s, err}
+	}()
+	select {
+	case r := <-done:
+		return r.s, r.err
+	case sig := <-end:
+		return nil, &run.SignalError{Signal: sig}
+	}
+}
+
+// lastWait is how long the end waits for what has been told to end. A file that
+// hangs can keep it for ever.
+const lastWait = time.Second
+
 // actor makes an actor of what runs until its context ends.
 func actor(f func(context.Context) error) (execute func() error, interrupt func(error)) {
 	ctx, cancel := context.WithCancel(context.Background())
-	return func() error { return f(ctx) }, func(error) { cancel() }
+	execute = func() error {
+		done := make(chan error, 1)
+		go func() { done <- f(ctx) }()
+		select {
+		case err := <-done:
+			return err
+		case <-ctx.Done():
+		}
+		t := time.NewTimer(lastWait)
+		defer t.Stop()
+		select {
+		case err := <-done:
+			return err
+		case <-t.C:
+			return ctx.Err()
+		}
+	}
+	return execute, func(error) { cancel() }
 }
 
 // reload reads lists and certificates again at each signal, until ctx ends.

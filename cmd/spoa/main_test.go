@@ -29,6 +29,7 @@ import (
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/certtest"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
@@ -101,6 +102,7 @@ func TestBadFlags(t *testing.T) {
 		{[]string{"-tls-client-ca", "x"}, 2, "-tls-client-ca"},
 		{[]string{"-log-format", "xml"}, 2, "want logfmt or json"},
 		{[]string{"-log-level", "loud"}, 2, "want debug, info, warn or error"},
+		{[]string{"-handler-timeout", "1us"}, 2, "want 1ms or more, or 0"},
 		{[]string{"-random", "-allow", list}, 2, "-random and lists"},
 		{[]string{"-random=false"}, 2, "want -reputation FILE"},
 		{[]string{"-random=maybe"}, 2, "-random"},
@@ -166,7 +168,7 @@ d
 		debug: true, frame: 500, port: 12345, workers: 8, caps: stringList{"async", "fragmentation"}, delay: delay(15 * time.Millisecond),
 		reputation: lists.Files{{Path: "drop.txt", Score: 20}}, listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}, unixMode: 0o600,
 		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
-		sources: newConfig().sources,
+		sources: newConfig().sources, handlerTimeout: -1,
 	}
 	if !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v", want, have)
@@ -790,6 +792,121 @@ func TestHUP(t *testing.T) {
 	}
 	a.shutdown(t)
 	said(`STOPPING=1`)
+}
+
+// A file that hangs, here a FIFO without a writer, keeps no signal from ending the agent.
+func TestHangingFile(t *testing.T) {
+	dir := shortTempDir(t)
+	ca := certtest.New(t, dir, "ca")
+	ca.Issue(t, "agent", "127.0.0.1")
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := startProcess(t, asCommand(t, "-listen", "127.0.0.1:0", "-tls-cert", ca.File("agent"), "-tls-key", fifo, "-log-level", "debug"), syscall.SIGKILL)
+	p.await(t, `msg="opening`)
+	if err := p.stop(syscall.SIGTERM); err != nil {
+		t.Errorf("at the start: want status 0, have %v", err)
+	}
+	key := filepath.Join(dir, "key")
+	if err := os.Symlink(ca.File("agent"), key); err != nil {
+		t.Fatal(err)
+	}
+	a := startAgent(t, "127.0.0.1:0", "-tls-cert", ca.File("agent"), "-tls-key", key)
+	if err := os.Remove(key); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(fifo, key); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	a.await(t, `msg=reloading`)
+	if err := probe(t, a.addr, ca.Client(t, "")); err != nil {
+		t.Errorf("want answers while a file hangs, have %v", err)
+	}
+	a.shutdown(t)
+}
+
+// An answer that is late is given up for one that says so.
+func TestHandlerTimeout(t *testing.T) {
+	addr := serveConfig(t, log.NewNopLogger(), "-t", "1h", "-handler-timeout", "10ms")
+	c, err := spoa.Dial(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	actions, err := c.Notify(ctx, spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))}))
+	if err != nil || len(actions) != 1 || actions[0].Name != "ip_fault" || actions[0].Value.String() != "timeout" {
+		t.Errorf("want txn.ip_fault timeout alone, have %v, %v", actions, err)
+	}
+	for args, want := range map[string]time.Duration{
+		"": 500 * time.Millisecond, "-t 2s": 2500 * time.Millisecond, "-t 2s -handler-timeout 15ms": 15 * time.Millisecond, "-handler-timeout 0s": 0,
+	} {
+		if c, err := parse(strings.Fields(args), nil); err != nil || c.timeout() != want {
+			t.Errorf("%q: want %v, have %v, %v", args, want, c.timeout(), err)
+		}
+	}
+}
+
+// Whoever reads the log may end or stand still: answers go on, and so does the end.
+func TestLogReader(t *testing.T) {
+	for name, gone := range map[string]bool{"ends": true, "stands still": false} {
+		t.Run(name, func(t *testing.T) {
+			dir := shortTempDir(t)
+			sock := filepath.Join(dir, "s")
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if gone {
+				r.Close()
+			}
+			cmd := asCommand(t, "-listen", "unix:"+sock, "-metrics", "unix:"+filepath.Join(dir, "m"), "-d", "-drain", "10ms")
+			cmd.Stderr = w
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			w.Close()
+			ended := make(chan error, 1)
+			go func() { ended <- cmd.Wait() }()
+			defer cmd.Process.Kill()
+			eventually(t, "an agent", func() bool { return spoa.Check(t.Context(), "unix", sock) == nil })
+			c, err := spoa.Dial(t.Context(), "unix", sock)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
+				spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
+			for range 1000 { // each is a line of 4 kB and more
+				if _, err := c.Notify(ctx, m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			text := fetch(t, unixClient(filepath.Join(dir, "m")), "/metrics")
+			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(text) {
+				t.Error("want lines dropped and counted")
+			}
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case err := <-ended:
+				if err != nil {
+					t.Errorf("want status 0, have %v", err)
+				}
+			case <-ctx.Done():
+				t.Error("want the end after SIGTERM")
+			}
+		})
+	}
 }
 
 func TestJSONLog(t *testing.T) {

@@ -293,3 +293,36 @@ func TestSourcesNone(t *testing.T) {
 	s.reloadAll()
 	s.addTo(nil)
 }
+
+// BenchmarkHandler is a verdict by lists alone, and by all sources.
+func BenchmarkHandler(b *testing.B) {
+	ctx := context.Background()
+	all, _ := withSources(b, nil)
+	c, err := parse([]string{"-reputation", os.DevNull}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	path := filepath.Join(b.TempDir(), "block.txt")
+	if err := os.WriteFile(path, []byte("203.0.113.1\n"), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	c.reputation[0].Path = path
+	l, err := c.openLists(ctx, log.NewNopLogger())
+	if err != nil {
+		b.Fatal(err)
+	}
+	lists := checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
+	for name, h := range map[string]spoa.HandlerFunc{"lists": lists, "all": all} {
+		for _, addr := range []string{"192.0.2.1", "203.0.113.1"} {
+			m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+			b.Run(name+"/"+addr, func(b *testing.B) {
+				for b.Loop() {
+					var a spoa.Actions
+					if err := h(ctx, m, &a); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}

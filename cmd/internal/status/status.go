@@ -32,7 +32,8 @@ type Config struct {
 	Sources  *reputation.Combined   // nil: none but lists
 	TLS      *listen.TLS            // nil: none
 	Build    Build
-	Messages []string // that have a handler
+	Messages []string      // that have a handler
+	Dropped  func() uint64 // how many lines the log has lost; nil: none
 }
 
 // Status counts what the agent does, and shows it over HTTP. A label never
@@ -119,6 +120,11 @@ func New(c Config) *Status {
 	if c.TLS != nil {
 		st.registerTLS()
 	}
+	if c.Dropped != nil {
+		st.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "spoa_log_lines_dropped_total", Help: "Lines of the log that could not be written.",
+		}, func() float64 { return float64(c.Dropped()) }))
+	}
 	st.registry.MustRegister(st, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "spoa_build_info", Help: "Always 1; the labels say what runs.",
@@ -177,7 +183,9 @@ func (st *Status) registerVerdicts() {
 	}
 	if st.config.Sources != nil {
 		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
-			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			if s.Kind != "mmdb" { // which judges nothing
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			}
 		})
 	}
 }

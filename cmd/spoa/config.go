@@ -35,8 +35,9 @@ from 0 for the worst addresses to 100 for those on no list.
   -t time       wait before each answer: 15 (milliseconds), or 10us, 15ms, 1s
   -handler-timeout time
                 how long an answer may take before HAProxy gets one without a
-                verdict (default 500ms and what -t waits); 0 is for ever. Let it
-                be HAProxy's timeout processing
+                verdict; 0 is for ever. Let it be HAProxy's timeout processing
+                (default 500ms and what -t waits, or 0 with nothing but lists,
+                which are never waited for)
   -f frames     close a connection after that many frames
 
   -reputation list[=score][,column=kind][,field=name][,accept=fault]
@@ -225,12 +226,16 @@ func (c *config) validate() error {
 // the 15 ms of HAProxy's own example would turn answers down that others wait for.
 const defaultTimeout = 500 * time.Millisecond
 
-// timeout returns how long an answer may take, 0 for ever.
+// timeout returns how long an answer may take, 0 for ever. Lists never wait, and a
+// timeout costs half as much again as such an answer.
 func (c *config) timeout() time.Duration {
-	if c.handlerTimeout < 0 {
+	switch {
+	case c.handlerTimeout >= 0:
+		return c.handlerTimeout
+	case c.delay > 0 || c.sources.any():
 		return defaultTimeout + time.Duration(c.delay)
 	}
-	return c.handlerTimeout
+	return 0
 }
 
 // judges reports whether scores come from anything but chance.

@@ -2,9 +2,12 @@ package spoa
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -251,5 +254,42 @@ func TestAsyncHelloFirst(t *testing.T) {
 		synctest.Wait()
 		resume <- struct{}{}
 		sibling.want(frameAgentHello)
+	})
+}
+
+// breaksAfter is a connection that breaks when it has written so many bytes.
+type breaksAfter struct {
+	net.Conn
+	left *atomic.Int64 // negative: any number
+}
+
+func (c breaksAfter) Write(b []byte) (int, error) {
+	left := c.left.Load()
+	if left < 0 || int64(len(b)) <= left {
+		return c.Conn.Write(b)
+	}
+	n, _ := c.Conn.Write(b[:left])
+	return n, errors.New("broken")
+}
+
+// Of an ACK that was written in part, nothing leaves by a sibling: the peer may
+// have read it. What follows it does.
+func TestAsyncPartlySent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, ln := startMem(t, WithAsync(), withNumbered())
+		client, server := net.Pipe()
+		left := new(atomic.Int64)
+		left.Store(-1)
+		ln.offer(t, breaksAfter{server, left})
+		gone := newHAProxy(t, client)
+		gone.hello()
+		sibling := asEngine(t, ln, offered.engineID)
+		size := int64(len(rawFrame(frameAck, flagFIN, 1, 1, string(numberedActions(1)))))
+		left.Store(size + size/2)
+		gone.send(notifyFrame(1, 1), notifyFrame(2, 1), notifyFrame(3, 1)) // answered in one Write
+		gone.wantAck(1, 1)
+		gone.untilGone()
+		sibling.wantAcks(3)
+		sibling.wantNothing()
 	})
 }

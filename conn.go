@@ -16,6 +16,7 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/internal/drain"
 	"github.com/spoa-go/spoa/internal/outbox"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 const (
@@ -110,8 +111,11 @@ func (c *conn) look() drain.Look {
 // connection after the answers. It does not block.
 func (c *conn) part(seen drain.Look, force bool) bool {
 	bye := appendDisconnect(nil, frameAgentDisconnect, StatusNormal, endStopping.message)
-	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) && !force {
-		return false
+	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) {
+		if !force {
+			return false
+		}
+		c.box.Release() // the reader may wait until less is unsent
 	}
 	c.leave()
 	go c.box.Flush() // it blocks if the peer does not read
@@ -305,7 +309,7 @@ func (c *conn) logEnd(e *ending) {
 	if d != nil {
 		kind = d.Status.kind()
 	}
-	if n, ok := c.workers.limit.allow(kind); ok {
+	if n, ok := c.workers.limit.Allow(kind); ok {
 		level.Warn(c.logger()).Log("msg", "connection ended", "err", clipError(err), "suppressed", n)
 	}
 }
@@ -518,7 +522,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 			return err
 		}
 	}
-	if !c.pace.inline() || !rd.allowed() {
+	if !c.pace.Inline() || !rd.allowed() {
 		return rd.spread(payload, reassembled)
 	}
 	j := rd.job
@@ -542,7 +546,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	rd.calls++
 	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
-	if c.pace.slow {
+	if c.pace.Slow() {
 		rd.endBatch()
 	}
 	return nil
@@ -612,10 +616,10 @@ func (rd *reader) endBatch() {
 	now := c.workers.clock()
 	took := now - rd.batchStart
 	waited := rd.calls > 1 || rd.r < rd.w
-	if !waited && took > slowCall {
+	if !waited && took > pace.SlowCall {
 		waited = c.box.Busy()
 	}
-	c.pace.batch(rd.calls, took, waited)
+	c.pace.Batch(rd.calls, took, waited)
 	rd.calls, rd.batchStart = 0, now
 }
 
@@ -644,7 +648,9 @@ func (rd *reader) flush() {
 }
 
 // waitForRoom waits until another NOTIFY may be in flight. It fails if no answer
-// can be sent any more, unless siblings can carry it.
+// can be sent any more, unless siblings can carry it; those held back, with
+// which the drain has parted the connection in this moment, are sent all the
+// same.
 func (rd *reader) waitForRoom() error {
 	c := rd.conn
 	room, open := c.box.Room()
@@ -653,13 +659,10 @@ func (rd *reader) waitForRoom() error {
 		rd.batchStart = 0
 		open = c.box.WaitForRoom()
 	}
-	switch {
-	case open || c.box.Siblings() > 0 && c.ctx.Err() == nil:
+	if open || c.box.Siblings() > 0 && c.ctx.Err() == nil {
 		return nil
-	case c.leaving.Load():
-		return endStopping
 	}
-	return net.ErrClosed
+	return endStopping
 }
 
 // read reads what there is, and waits if there is nothing.

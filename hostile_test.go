@@ -173,7 +173,7 @@ func TestPeerDoesNotRead(t *testing.T) {
 				rawHello(t, nc)
 				synctest.Wait()
 				for c := range a.conns {
-					c.pace.spread = tt.spread
+					c.pace.Spread(tt.spread)
 				}
 				start := time.Now()
 				go func() {
@@ -235,7 +235,22 @@ func TestTimeouts(t *testing.T) {
 			h.send(notifyFrame(1, 1), notifyFrame(1, 1)[:13])
 			h.wantAck(1, 1)
 		}, timeout},
+		{"half of a fragmented NOTIFY", func(o *options) {
+			WithHelloTimeout(timeout)(o)
+			WithFragmentation(1000)(o)
+		}, func(h *haproxy) {
+			h.hello()
+			h.send(fragments(1, 1, number, 3)[0])
+			for range 2 { // whole ones in between do not count
+				<-time.After(timeout / 4)
+				h.wantAnswers()
+			}
+		}, timeout},
 		{"idle", WithIdleTimeout(timeout), func(h *haproxy) { h.hello() }, timeout},
+		{"half a NOTIFY, idle for less than a frame may take", WithIdleTimeout(timeout), func(h *haproxy) {
+			h.hello()
+			h.send(notifyFrame(1, 1)[:13])
+		}, 10 * time.Second},
 		{"idle after a NOTIFY", WithIdleTimeout(timeout), func(h *haproxy) {
 			h.hello()
 			for range 10 {

@@ -494,6 +494,17 @@ var number = string(appendMessage(nil, NewMessage("number")))
 
 func notifyFrame(stream, id uint64) string { return rawFrame(frameNotify, flagFIN, stream, id, number) }
 
+// notifySized returns a NOTIFY whose length field says n.
+func notifySized(n int) string {
+	pad := n - 5 - 2 // type, flags, ids
+	for l := pad; ; l-- {
+		payload := string(appendMessage(nil, NewMessage("number", Arg{"", String(strings.Repeat("x", l))})))
+		if len(payload) == pad {
+			return rawFrame(frameNotify, flagFIN, 1, 2, payload)
+		}
+	}
+}
+
 var goodbye = string(appendDisconnect(nil, frameHAProxyDisconnect, StatusNormal, "bye"))
 
 // numbered answers with the FRAME-ID.

@@ -207,7 +207,7 @@ func (a *Agent) accept(l *listener) error {
 			return err
 		}
 		delay = min(max(2*delay, 5*time.Millisecond), maxAcceptDelay)
-		if n, ok := a.workers.limit.allow("accept"); ok {
+		if n, ok := a.workers.limit.Allow("accept"); ok {
 			level.Warn(a.logger).Log("msg", "accept failed", "err", err, "retry", delay, "suppressed", n)
 		}
 		select {
@@ -246,7 +246,7 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 // as that takes no time.
 func (a *Agent) refuse(c *conn) {
 	c.cancel()
-	if n, ok := a.workers.limit.allow("max conns"); ok {
+	if n, ok := a.workers.limit.Allow("max conns"); ok {
 		level.Warn(a.logger).Log("msg", "connection refused: too many", "max", a.maxConns, "suppressed", n)
 	}
 	if !a.refusing.CompareAndSwap(false, true) {
@@ -284,7 +284,7 @@ func (a *Agent) join(c *conn) {
 	s := a.siblings[e]
 	if s == nil {
 		s = outbox.NewSiblings(isAck, func(frames int) {
-			if n, ok := a.workers.limit.allow("dropped"); ok {
+			if n, ok := a.workers.limit.Allow("dropped"); ok {
 				level.Warn(a.logger).Log("msg", "answers dropped: no connection left", "engine", clip(e.id), "count", frames, "suppressed", n)
 			}
 		})
@@ -450,6 +450,7 @@ func (a *Agent) notified(c *conn) {
 // what package drain decides. It belongs to one goroutine.
 type drainer struct {
 	agent *Agent
+	phase int32         // of the agent, at the last look
 	from  time.Duration // the listeners stay open until then: HAProxy may still send new connections
 	until time.Duration // everything is closed then; 0: no such time
 	seq   uint64        // of the agent's connections when they were last gathered
@@ -502,12 +503,14 @@ func (d *drainer) step(now time.Duration) (next time.Duration, over bool) {
 	a := d.agent
 	phase := a.phase.Load()
 	listening := d.gather(now)
-	switch {
-	case d.until > 0 || phase == draining:
-	case phase == stopping:
-		d.until = now + stopFor
-	case phase == closed:
-		d.until = now + closeFor
+	if phase != d.phase {
+		d.phase = phase
+		switch phase {
+		case stopping:
+			d.until = now + stopFor
+		case closed:
+			d.until = now + closeFor
+		}
 	}
 	switch {
 	case d.conns == 0 && (phase >= stopping || !listening || now >= d.from):

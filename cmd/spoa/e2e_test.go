@@ -22,9 +22,11 @@ import (
 // The files as they are must not make any HAProxy warn.
 func TestE2EConfigWithoutWarning(t *testing.T) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
-		out, err := exec.Command(bin.path, "-c", "-f", "haproxy/haproxy.cfg").CombinedOutput()
-		if s := string(out); err != nil || strings.Contains(s, "[WARNING]") || strings.Contains(s, "[ALERT]") {
-			t.Errorf("haproxy -c: %v\n%s", err, s)
+		for _, file := range []string{"haproxy.cfg", "sources.cfg"} {
+			out, err := exec.Command(bin.path, "-c", "-f", "haproxy/"+file).CombinedOutput()
+			if s := string(out); err != nil || strings.Contains(s, "[WARNING]") || strings.Contains(s, "[ALERT]") {
+				t.Errorf("haproxy -c -f %s: %v\n%s", file, err, s)
+			}
 		}
 	})
 }

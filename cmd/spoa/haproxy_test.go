@@ -284,7 +284,8 @@ func serveHere(t *testing.T, opts ...spoa.Option) string {
 // setup says how a test's HAProxy differs from the files that the README shows.
 type setup struct {
 	agent     string   // address of the agent's server line
-	cfg       []string // pairs of old and new text in haproxy.cfg
+	file      string   // instead of haproxy.cfg
+	cfg       []string // pairs of old and new text in that file
 	spoe      []string // the same in ip-reputation.conf
 	master    bool     // run master and worker, for reloads
 	mayLose   bool     // the agent's server may go down
@@ -322,7 +323,8 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 	if !s.logNormal {
 		spoeLogging += "\n    option dontlog-normal"
 	}
-	edit(t, dir, "haproxy.cfg", append([]string{
+	file := cmp.Or(s.file, "haproxy.cfg")
+	edit(t, dir, file, append([]string{
 		"global\n", "global\n    stats socket " + h.stats + " level admin\n    log " + h.spoeLog.addr + " local0\n",
 		"bind 127.0.0.1:8080", bind,
 		"option spop-check", "option spop-check\n    timeout check 5s", // not inter, too short for a busy machine
@@ -337,7 +339,7 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 	if s.master {
 		mode = []string{"-W", "-S", h.master}
 	}
-	cmd := exec.Command(bin.path, append(mode, "-f", filepath.Join(dir, "haproxy.cfg"))...)
+	cmd := exec.Command(bin.path, append(mode, "-f", filepath.Join(dir, file))...)
 	cmd.Dir = dir // HAProxy forgets default-path after the first filter with a file of its own
 	h.process = startProcess(t, cmd, syscall.SIGTERM)
 	t.Cleanup(func() { // runs before the process is stopped, which a master calls an ALERT too

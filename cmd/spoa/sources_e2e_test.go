@@ -29,6 +29,7 @@ const (
 	onList   = "203.0.113.4"
 	allowed  = "203.0.113.5" // and on all the others
 	clean    = "203.0.113.6"
+	doubtful = "203.0.113.7" // says CrowdSec
 	onOneASN = `{"asn":64496,"rir":"ripencc","cc":"ZZ","asname":"BAD-NET"}
 {"type":"metadata","records":1}
 `
@@ -49,6 +50,7 @@ func sourcesArgs(t *testing.T) []string {
 	for _, addr := range []string{banned, allowed} {
 		cs.Command(t, "decisions", "add", "--ip", addr, "--reason", "crowdsecurity/http-probing")
 	}
+	cs.Command(t, "decisions", "add", "--ip", doubtful, "--type", "captcha", "--reason", "crowdsecurity/crawl")
 	dns := dnsbltest.Start(t, "bl.example", onDNS+" :4:exploits", allowed+" :4:exploits")
 	places := filepath.Join(dir, "places.mmdb")
 	mmdbtest.Write(t, places, mmdbtest.Networks{
@@ -67,8 +69,8 @@ func TestE2ESources(t *testing.T) {
 		agent := startAgent(t, "127.0.0.1:0", append(sourcesArgs(t), "-metrics", "127.0.0.1:0")...)
 		front := freeAddr(t, "127.0.0.1")
 		startHAProxy(t, bin, setup{
-			agent: agent.addr,
-			cfg:   []string{"    filter spoe", "    bind " + front + " accept-proxy\n    filter spoe"},
+			agent: agent.addr, file: "sources.cfg",
+			cfg: []string{"    filter spoe", "    bind " + front + " accept-proxy\n    filter spoe"},
 		})
 		for _, test := range []struct {
 			addr   string
@@ -80,6 +82,7 @@ func TestE2ESources(t *testing.T) {
 			{onDNS, 403, "10", "dnsbl bl.example: 127.0.0.4"},
 			{onASN, 403, "0", "network asndrop: AS64496 BAD-NET"},
 			{onList, 403, "0", "list block"},
+			{doubtful, 302, "30", "crowdsec: captcha for crowdsecurity/crawl"},
 			{allowed, 200, "100", "allow list office"},
 			{clean, 200, "100", ""},
 		} {
@@ -91,9 +94,31 @@ func TestE2ESources(t *testing.T) {
 		}
 		web := agent.await(t, `msg=metrics\b.*\baddr="?([^\s"]+)`)[1]
 		wantText(t, "http://"+web+"/", "crowdsec", "bl.example", "places.mmdb", "asndrop")
-		wantText(t, "http://"+web+"/metrics", `spoa_source_listed_total{kind="crowdsec",source="crowdsec"} 2`,
+		wantText(t, "http://"+web+"/metrics", `spoa_source_listed_total{kind="crowdsec",source="crowdsec"} 3`,
 			`spoa_source_up{kind="dnsbl",source="bl.example"} 1`, `spoa_source_missing_total{kind="dnsbl",source="bl.example"} 0`)
 		wantExplained(t, "http://"+web+"/lookup?ip="+allowed)
+	})
+}
+
+// With -monitor nothing is denied, and HAProxy's log and the agent's have what
+// would have been.
+func TestE2EMonitor(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		list := filepath.Join(t.TempDir(), "block.txt")
+		if err := os.WriteFile(list, []byte(onList+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		agent := startAgent(t, "127.0.0.1:0", "-monitor", "-reputation", list)
+		front := freeAddr(t, "127.0.0.1")
+		h := startHAProxy(t, bin, setup{
+			agent: agent.addr, file: "sources.cfg",
+			cfg: []string{"    filter spoe", "    bind " + front + " accept-proxy\n    filter spoe"},
+		})
+		if resp := getFrom(t, front, onList); resp.StatusCode != 200 || resp.Header.Get("X-IP-Score") != "100" {
+			t.Errorf("want 200, score 100, have %d, %v", resp.StatusCode, resp.Header)
+		}
+		h.await(t, `(?m)^`+onList+` 200 .* score=100 monitor=0 reason="list block" sources=block `)
+		agent.await(t, `msg="would deny" addr=`+onList+` score=0 reason="list block"`)
 	})
 }
 

@@ -278,6 +278,41 @@ func TestSourcesLookUp(t *testing.T) {
 	}
 }
 
+func TestReplay(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	args := []string{
+		"-reputation", file("one.txt", "203.0.113.0/24\n"), "-reputation", file("two.txt", "203.0.113.1\n"), "-allow", file("office.txt", "203.0.113.9\n"),
+		"-replay", file("log", "203.0.113.1\n203.0.113.1\n203.0.113.2\n203.0.113.9\n192.0.2.1\n"),
+	}
+	var stdout, stderr bytes.Buffer
+	if code := realMain(args, &stdout, &stderr); code != 0 {
+		t.Fatalf("have %d, %s", code, &stderr)
+	}
+	want := `
+  requests  addresses
+         5          4  in the log
+         3          2  denied, with a score below 20
+         1          1  allowed by a list
+         0          0  passed, but a source had no answer
+
+Denied by each source, and by it alone:
+
+  requests  addresses  alone
+         3          2      1  one
+         2          1      0  two
+`
+	if have := "\n" + stdout.String(); have != want {
+		t.Errorf("want %s\nhave %s", want, have)
+	}
+}
+
 func TestSourcesNone(t *testing.T) {
 	c, err := parse(nil, nil)
 	if err != nil {
@@ -292,4 +327,37 @@ func TestSourcesNone(t *testing.T) {
 	}
 	s.reloadAll()
 	s.addTo(nil)
+}
+
+// BenchmarkHandler is a verdict by lists alone, and by all sources.
+func BenchmarkHandler(b *testing.B) {
+	ctx := context.Background()
+	all, _ := withSources(b, nil)
+	c, err := parse([]string{"-reputation", os.DevNull}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	path := filepath.Join(b.TempDir(), "block.txt")
+	if err := os.WriteFile(path, []byte("203.0.113.1\n"), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	c.reputation[0].Path = path
+	l, err := c.openLists(ctx, log.NewNopLogger())
+	if err != nil {
+		b.Fatal(err)
+	}
+	lists := checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
+	for name, h := range map[string]spoa.HandlerFunc{"lists": lists, "all": all} {
+		for _, addr := range []string{"192.0.2.1", "203.0.113.1"} {
+			m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+			b.Run(name+"/"+addr, func(b *testing.B) {
+				for b.Loop() {
+					var a spoa.Actions
+					if err := h(ctx, m, &a); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
 }

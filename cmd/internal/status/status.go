@@ -179,7 +179,9 @@ func (st *Status) registerVerdicts() {
 	}
 	if st.config.Sources != nil {
 		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
-			st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			if s.Kind != "mmdb" { // which judges nothing
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+			}
 		})
 	}
 }

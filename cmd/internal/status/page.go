@@ -89,7 +89,16 @@ func (d *pageData) write(w http.ResponseWriter) {
 		"default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
-	w.Write(b.Bytes())
+	w.Write(bytes.Map(printable, b.Bytes()))
+}
+
+// printable replaces what HTML must not have. Files may have any name; bytes that
+// are not UTF-8 come as the replacement character already.
+func printable(r rune) rune {
+	if unicode.IsControl(r) && r != '\n' && r != '\t' {
+		return unicode.ReplacementChar
+	}
+	return r
 }
 
 func (st *Status) pageData(now time.Time) *pageData {

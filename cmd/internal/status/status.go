@@ -6,11 +6,16 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"hash/fnv"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -173,14 +178,14 @@ func (st *Status) registerVerdicts() {
 	if st.config.Lists != nil {
 		for _, s := range st.config.Lists.Stats() {
 			if !s.Allow { // two files may have one name, and so one counter
-				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", label(s.Name))
 			}
 		}
 	}
 	if st.config.Sources != nil {
 		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
 			if s.Kind != "mmdb" { // which judges nothing
-				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", label(s.Name))
 			}
 		})
 	}
@@ -287,7 +292,7 @@ func (st *Status) Judged(list string, listed bool) {
 		if c := st.verdicts[list]; c != nil {
 			c.Inc()
 		} else { // a file that came to a directory of lists
-			st.verdict.WithLabelValues("listed", list).Inc()
+			st.verdict.WithLabelValues("listed", label(list)).Inc()
 		}
 	default:
 		st.unlisted.Inc()
@@ -338,7 +343,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		return
 	}
 	for _, s := range st.config.Lists.Stats() {
-		labels := []string{s.Name, s.File, listKind(s)}
+		labels := []string{label(s.Name), label(s.File), listKind(s)}
 		send(entriesDesc, prometheus.GaugeValue, float64(s.Entries), labels...)
 		send(badDesc, prometheus.GaugeValue, float64(s.BadLines), labels...)
 		send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
@@ -357,6 +362,23 @@ func connState(c spoa.ConnInfo) string {
 		return "busy"
 	}
 	return "idle"
+}
+
+// maxLabel bounds the bytes of a label. The longest name of a file has 255.
+const maxLabel = 300
+
+// label returns the name of a list, a file or a source as a label: as it is, but
+// for what is not UTF-8, or for people, or endless. Different names stay so.
+func label(s string) string {
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		s = strings.Trim(strconv.Quote(s), `"`)
+	}
+	if len(s) > maxLabel {
+		h := fnv.New64a()
+		h.Write([]byte(s))
+		s = fmt.Sprintf("%s… %x", strings.ToValidUTF8(s[:maxLabel], ""), h.Sum64())
+	}
+	return s
 }
 
 func listKind(s lists.Stats) string {

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
@@ -460,6 +461,38 @@ func TestPageBounded(t *testing.T) {
 	wantCell(t, rows, "And 42 more.")
 	wantCell(t, rows, "542")
 	wantCell(t, rows, "spoa draining")
+}
+
+// Files may have any name, and sources say what others have sent.
+func TestOddNames(t *testing.T) {
+	dir := t.TempDir()
+	var block []lists.File
+	for _, name := range []string{"a\xff\xfe\x00"[:3], "a\ufffd\ufffd", "new\nline\x1b[31m", `"quoted"`, `<b>`, strings.Repeat("n", 200)} {
+		path := filepath.Join(dir, name)
+		writeFile(t, path, "192.0.2.1\n")
+		block = append(block, lists.File{Path: path})
+	}
+	l, err := lists.Open(t.Context(), lists.Options{Block: block})
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := New(Config{Conns: noConns, Lists: l})
+	st.Judged("a\xff\xfe", true)
+	text := st.get(t, "/metrics")
+	if !utf8.ValidString(text) || strings.Count(text, "spoa_list_entries{") != len(block) {
+		t.Errorf("want metrics of %d lists in UTF-8, have %q", len(block), text)
+	}
+	wantLines(t, text, `spoa_verdicts_total{list="a\\xff\\xfe",verdict="listed"} 1`)
+	page := st.get(t, "/")
+	if !utf8.ValidString(page) || strings.Contains(page, "<b>") {
+		t.Error("want a page in UTF-8")
+	}
+	if rows := readPage(t, page); len(rows) < len(block) {
+		t.Errorf("want a row for each list, have %q", rows)
+	}
+	if a, b := label(strings.Repeat("x", 16000)), label(strings.Repeat("x", 16001)); a == b || len(a) > 2*maxLabel {
+		t.Errorf("want long labels short and different, have %q and %q", a, b)
+	}
 }
 
 func TestFormats(t *testing.T) {

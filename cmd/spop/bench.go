@@ -27,6 +27,8 @@ it early, with the summary.
                 1 with an agent that does not announce pipelining
   -duration D   how long (default 10s, without an end if -count is given)
   -count N      end after so many NOTIFYs
+  -warmup D     send for this long before what counts (default 0; not with -count)
+  -p99 D        fail if 1 % of the answers take longer
   -rate R       send R a second, however fast the answers are. The latency counts
                 from when a NOTIFY was due, so that an agent that stalls is not
                 spared those that it kept from being sent. Without -rate, each
@@ -40,7 +42,8 @@ it early, with the summary.
 A connection that ends is an error for each NOTIFY in flight, and is replaced.
 An answer that breaks the protocol is wrong, and ends its connection.
 
-Exit status: 0 every NOTIFY was answered well, 1 not, 2 usage.
+Exit status: 0 every NOTIFY was answered well, and in time with -p99, 1 not,
+2 usage.
 `
 
 const (
@@ -58,6 +61,9 @@ type load struct {
 	conns    int
 	inflight int
 	rate     float64
+	p99      time.Duration // 0: any will do
+	warmup   time.Duration
+	warm     time.Duration // how long the warm-up took
 	expect   variable
 	count    int64
 	left     atomic.Int64 // of count
@@ -110,6 +116,8 @@ func bench(ctx context.Context, args []string) error {
 	l.Float64Var(&l.rate, "rate", 0, "")
 	l.Int64Var(&l.count, "count", 0, "")
 	l.Var(&l.expect, "expect", "")
+	l.DurationVar(&l.p99, "p99", 0, "")
+	l.DurationVar(&l.warmup, "warmup", 0, "")
 	duration := l.Duration("duration", 0, "")
 	if err := l.parse(args, benchUsage); err != nil {
 		return err
@@ -125,6 +133,12 @@ func bench(ctx context.Context, args []string) error {
 		return misuse("-count %d: want a number of NOTIFYs", l.count)
 	case *duration < 0:
 		return misuse("-duration %v: want more than 0, such as 10s", *duration)
+	case l.p99 < 0:
+		return misuse("-p99 %v: want more than 0, such as 5ms", l.p99)
+	case l.warmup < 0:
+		return misuse("-warmup %v: want more than 0, such as 1s", l.warmup)
+	case l.warmup > 0 && l.count > 0:
+		return misuse("-warmup and -count: want one of them")
 	}
 	if *duration == 0 && l.count == 0 {
 		*duration = 10 * time.Second
@@ -156,7 +170,7 @@ func (l *load) run(ctx context.Context, duration time.Duration) error {
 	}
 	if duration > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, duration)
+		ctx, cancel = context.WithTimeout(ctx, l.warmup+duration)
 		defer cancel()
 	}
 	l.left.Store(l.count)
@@ -184,22 +198,34 @@ func (l *load) watch(ctx context.Context, ended <-chan struct{}) (took time.Dura
 	defer every.Stop()
 	over := ctx.Done()
 	last := time.Duration(0)
+	var warm <-chan time.Time
+	if l.warmup > 0 {
+		t := time.NewTimer(l.warmup)
+		defer t.Stop()
+		warm = t.C
+	}
 	for {
 		select {
 		case <-ended:
 			l.gather()
 			if over != nil { // what was to be sent was sent before its time
-				took = l.last
+				took = l.last - l.warm
 			}
 			return took
+		case <-warm:
+			l.gather()
+			l.total.Reset()
+			l.sum = counts{}
+			l.warm = time.Since(l.start)
 		case <-over:
-			took, over = time.Since(l.start), nil
+			took, over = time.Since(l.start)-l.warm, nil
 		case <-every.C:
 			l.gather()
 			now := time.Since(l.start)
 			rate := float64(l.tick.TotalCount()) / (now - last).Seconds()
-			p.line("%3.0fs  %9.0f/s  p50 %v  p99 %v  max %v  wrong %d  errors %d", now.Seconds(), rate,
-				quantile(l.tick, 50), quantile(l.tick, 99), short(l.tick.Max()), l.sum.wrong, l.sum.errors)
+			p.line(fmt.Sprintf("%3.0fs", now.Seconds()), fmt.Sprintf("%9.0f/s", rate),
+				fmt.Sprintf("p50 %v", quantile(l.tick, 50)), fmt.Sprintf("p99 %v", quantile(l.tick, 99)), fmt.Sprintf("max %v", short(l.tick.Max())),
+				fmt.Sprintf("wrong %d", l.sum.wrong), fmt.Sprintf("errors %d", l.sum.errors))
 			last = now
 		}
 	}

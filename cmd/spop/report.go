@@ -8,28 +8,52 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"golang.org/x/term"
 )
 
-const terminalMode = os.ModeDevice | os.ModeCharDevice
+// width returns the columns of a terminal, or 0 if the file is none.
+func width(f *os.File) int {
+	columns, _, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return 0
+	}
+	return columns
+}
 
 // progress shows lines on standard error: one over the other on a terminal.
 type progress struct{ terminal, shown bool }
 
-func newProgress() *progress {
-	info, err := os.Stderr.Stat()
-	return &progress{terminal: err == nil && info.Mode()&terminalMode == terminalMode}
+func newProgress() *progress { return &progress{terminal: term.IsTerminal(int(os.Stderr.Fd()))} }
+
+// line shows the parts of a line, on a terminal only as many as fit into it: a
+// line that wraps cannot be written over.
+func (p *progress) line(parts ...string) {
+	if p.terminal {
+		fmt.Fprintf(os.Stderr, "\r%s\x1b[K", fitting(parts, width(os.Stderr)-1))
+	} else {
+		fmt.Fprintln(os.Stderr, fitting(parts, 0))
+	}
+	p.shown = true
 }
 
-func (p *progress) line(format string, args ...any) {
-	if p.terminal {
-		format = "\r" + format + "\x1b[K"
-	} else {
-		format += "\n"
+// fitting joins as many of the parts as fit into that many columns, all if these
+// are 0 or less.
+func fitting(parts []string, columns int) string {
+	line, used := "", 0
+	for i, part := range parts {
+		if i > 0 {
+			part = "  " + part
+		}
+		used += utf8.RuneCountInString(part)
+		if columns > 0 && used > columns {
+			break
+		}
+		line += part
 	}
-	fmt.Fprintf(os.Stderr, format, args...)
-	p.shown = true
+	return line
 }
 
 func (p *progress) end() {
@@ -61,6 +85,9 @@ func (l *load) summary(took time.Duration) error {
 		}
 	} else {
 		l.summaryText(took, rate)
+	}
+	if p99 := quantile(l.total, 99); l.p99 > 0 && p99 > l.p99 {
+		return fmt.Errorf("p99 is %v: want at most %v", p99, l.p99)
 	}
 	if l.total.TotalCount() == 0 || l.sum.wrong > 0 || l.sum.errors > 0 {
 		return errReported
@@ -106,11 +133,14 @@ func printHistogram(h *hdrhistogram.Histogram) {
 	for n[last] == 0 {
 		last--
 	}
-	const width = 50
+	bars := 50
+	if w := width(os.Stdout); w > 0 {
+		bars = max(1, min(bars, w-27))
+	}
 	fmt.Println()
 	for i := first; i <= last; i++ {
 		below := time.Duration(1<<i) * time.Microsecond
-		bar := strings.Repeat("#", int((n[i]*width+most-1)/most))
+		bar := strings.Repeat("#", int((n[i]*int64(bars)+most-1)/most))
 		fmt.Printf("  < %-12v %6.2f%%  %s\n", short(int64(below)), 100*float64(n[i])/float64(h.TotalCount()), bar)
 	}
 }

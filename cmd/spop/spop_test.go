@@ -230,8 +230,8 @@ func TestUsage(t *testing.T) {
 		{"frobnicate", "want spop notify, check or bench"},
 		{"notify", "want MESSAGE [NAME=]TYPE:VALUE..."},
 		{"notify -frob m", "-frob: want spop notify [-addr A]"},
-		{"notify -addr 12345 m", "want host:port or unix:/path"},
-		{"notify -addr unix: m", "want host:port or unix:/path"},
+		{"notify -addr 12345 m", "want host:port, unix:/path"},
+		{"notify -addr unix: m", "want host:port, unix:/path"},
 		{"notify -timeout 0s m", "want more than 0"},
 		{"notify -timeout 5 m", "-timeout"},
 		{"notify -n 0 m", "-n 0: want at least 1"},
@@ -259,6 +259,9 @@ func TestUsage(t *testing.T) {
 		{"bench -rate NaN m", "-rate NaN: want"},
 		{"bench -duration -1s m", "-duration -1s: want"},
 		{"bench -count -1 m", "-count -1: want"},
+		{"bench -p99 -1s m", "-p99 -1s: want"},
+		{"bench -warmup -1s m", "-warmup -1s: want"},
+		{"bench -warmup 1s -count 1 m", "-warmup and -count: want one"},
 		{"bench -expect ip_score m", "not of the form SCOPE.NAME"},
 		{"bench -expect conn.ip_score m", "not of the form SCOPE.NAME"},
 	} {
@@ -367,6 +370,50 @@ func TestBench(t *testing.T) {
 	}
 	if status != 0 {
 		t.Errorf("status %d", status)
+	}
+}
+
+func TestBenchP99(t *testing.T) {
+	addr := agent(t, spoa.WithHandlerFunc("slow", func(context.Context, *spoa.Message, *spoa.Actions) error {
+		<-time.After(20 * time.Millisecond)
+		return nil
+	}))
+	args := []string{"bench", "-addr", addr, "-count", "10", "-p99"}
+	if _, stderr, status := command(t, append(args, "1ms", "slow")...); status != 1 || !regexp.MustCompile(`^spop bench: p99 is \S+ms: want at most 1ms\n$`).MatchString(stderr) {
+		t.Errorf("want failure and why, have status %d, %q", status, stderr)
+	}
+	if _, stderr, status := command(t, append(args, "1h", "slow")...); status != 0 || stderr != "" {
+		t.Errorf("want success, have status %d, %q", status, stderr)
+	}
+}
+
+// What happens in the warm-up does not count.
+func TestBenchWarmup(t *testing.T) {
+	var calls atomic.Int64
+	began := time.Now()
+	addr := agent(t, spoa.WithHandlerFunc("cold", func(_ context.Context, _ *spoa.Message, a *spoa.Actions) error {
+		calls.Add(1)
+		if time.Since(began) > 700*time.Millisecond {
+			a.SetVar(spoa.ScopeSess, "warm", spoa.Bool(true))
+		}
+		return nil
+	}))
+	began = time.Now()
+	r, stderr, status := benchJSON(t, "-addr", addr, "-rate", "200", "-warmup", "1500ms", "-duration", "500ms", "-expect", "sess.warm", "cold")
+	if r.Wrong != 0 || status != 0 || r.Seconds > 1.4 || r.Answers == 0 || r.Answers >= calls.Load() {
+		t.Errorf("%d calls, %+v, status %d, %q", calls.Load(), r, status, stderr)
+	}
+}
+
+func TestFitting(t *testing.T) {
+	parts := []string{"  1s", "100/s", "p50 12µs", "p99 1ms"}
+	for columns, want := range map[int]string{
+		0: "  1s  100/s  p50 12µs  p99 1ms", -1: "  1s  100/s  p50 12µs  p99 1ms", 30: "  1s  100/s  p50 12µs  p99 1ms",
+		29: "  1s  100/s  p50 12µs", 21: "  1s  100/s  p50 12µs", 20: "  1s  100/s", 3: "",
+	} {
+		if have := fitting(parts, columns); have != want {
+			t.Errorf("%d columns: want %q, have %q", columns, want, have)
+		}
 	}
 }
 

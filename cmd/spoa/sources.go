@@ -346,10 +346,28 @@ func replayLog(c *config, stdout, stderr io.Writer) error {
 		}
 		defer log.Close()
 	}
-	if err := replay.Run(stdout, log, s.Combined, s.denyBelow); err != nil {
+	if err := replay.Run(stdout, log, s.explainLists(l), s.denyBelow); err != nil {
 		return fmt.Errorf("-replay %s: %w", c.sources.replay, err)
 	}
 	return nil
+}
+
+// explainLists returns what judges an address and names each list that has it,
+// not only the one that decides.
+func (s *sources) explainLists(l *lists.Lists) replay.Judge {
+	if l == nil {
+		return s.Explain
+	}
+	return func(ctx context.Context, addr netip.Addr) (reputation.Verdict, []reputation.Finding) {
+		v, all := s.Explain(ctx, addr)
+		all = all[1:] // the first are all lists together
+		for _, m := range l.Explain(addr) {
+			if !m.Allow {
+				all = append(all, reputation.Finding{Source: m.List, State: reputation.Listed, Score: m.Score})
+			}
+		}
+		return v, all
+	}
 }
 
 // scorer returns one that goes by all sources, and reports to judged every

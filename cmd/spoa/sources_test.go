@@ -278,6 +278,41 @@ func TestSourcesLookUp(t *testing.T) {
 	}
 }
 
+func TestReplay(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	args := []string{
+		"-reputation", file("one.txt", "203.0.113.0/24\n"), "-reputation", file("two.txt", "203.0.113.1\n"), "-allow", file("office.txt", "203.0.113.9\n"),
+		"-replay", file("log", "203.0.113.1\n203.0.113.1\n203.0.113.2\n203.0.113.9\n192.0.2.1\n"),
+	}
+	var stdout, stderr bytes.Buffer
+	if code := realMain(args, &stdout, &stderr); code != 0 {
+		t.Fatalf("have %d, %s", code, &stderr)
+	}
+	want := `
+  requests  addresses
+         5          4  in the log
+         3          2  denied, with a score below 20
+         1          1  allowed by a list
+         0          0  passed, but a source had no answer
+
+Denied by each source, and by it alone:
+
+  requests  addresses  alone
+         3          2      1  one
+         2          1      0  two
+`
+	if have := "\n" + stdout.String(); have != want {
+		t.Errorf("want %s\nhave %s", want, have)
+	}
+}
+
 func TestSourcesNone(t *testing.T) {
 	c, err := parse(nil, nil)
 	if err != nil {

@@ -25,11 +25,15 @@ const (
 	longest = 1 << 20         // bytes of a line
 )
 
+// A Judge returns the verdict on an address and what it rests on: what each list
+// and other source says. It waits no longer than until ctx ends.
+type Judge func(ctx context.Context, addr netip.Addr) (reputation.Verdict, []reputation.Finding)
+
 // Run judges the first address of each line that it reads from log, and writes
 // to w how many requests would have been denied for a score below that, and by
 // which sources. Lines may be those of HAProxy, of a web server, or any that
 // begin with an address, which may have a port.
-func Run(w io.Writer, log io.Reader, judge *reputation.Combined, below uint8) error {
+func Run(w io.Writer, log io.Reader, judge Judge, below uint8) error {
 	l, err := readLog(log)
 	if err != nil {
 		return err
@@ -113,7 +117,7 @@ type sourceTally struct {
 }
 
 // judgeLog judges each address once.
-func judgeLog(log *accessLog, judge *reputation.Combined, below uint8) *report {
+func judgeLog(log *accessLog, judge Judge, below uint8) *report {
 	rep := &report{accessLog: *log, sources: make(map[string]*sourceTally)}
 	addrs := make(chan netip.Addr)
 	var mu sync.Mutex // guards rep
@@ -122,7 +126,7 @@ func judgeLog(log *accessLog, judge *reputation.Combined, below uint8) *report {
 		wg.Go(func() {
 			for addr := range addrs {
 				ctx, cancel := context.WithTimeout(context.Background(), timeout)
-				v, all := judge.Explain(ctx, addr)
+				v, all := judge(ctx, addr)
 				cancel()
 				mu.Lock()
 				rep.add(&v, all, log.requests[addr], below)

@@ -63,7 +63,7 @@ func TestRun(t *testing.T) {
 	}
 	log := "192.0.2.1\n192.0.2.1\n192.0.2.1\n192.0.2.2 x\n\n192.0.2.3\n192.0.2.4\n192.0.2.4\n192.0.2.5\nno address\n192.0.2.6\n"
 	var b bytes.Buffer
-	if err := Run(&b, strings.NewReader(log), judge, 20); err != nil {
+	if err := Run(&b, strings.NewReader(log), judge.Explain, 20); err != nil {
 		t.Fatal(err)
 	}
 	want := `
@@ -91,7 +91,7 @@ func TestRunErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, log := range map[string]string{"empty": "", "no address": "x\ny\n", "long line": strings.Repeat("x", longest+1)} {
-		if err := Run(new(bytes.Buffer), strings.NewReader(log), judge, 20); err == nil {
+		if err := Run(new(bytes.Buffer), strings.NewReader(log), judge.Explain, 20); err == nil {
 			t.Errorf("%s: want an error", name)
 		}
 	}

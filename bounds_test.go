@@ -23,6 +23,7 @@ import (
 
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/internal/outbox"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // heap returns the bytes that are in use.
@@ -230,10 +231,10 @@ func TestUnsentBytes(t *testing.T) {
 				h.hello()
 				// A worker is writing, so that others only add to what is unsent.
 				h.send(notifyOf(1, 1, waiting("x")))
-				time.Sleep(5 * stallAfter)
+				time.Sleep(5 * pace.StallAfter)
 				close(g.open)
 				synctest.Wait()
-				only(t, a).pace.spread = tt.spread
+				only(t, a).pace.Spread(tt.spread)
 				go h.try(strings.Repeat(tt.wire, 10000))
 				time.Sleep(time.Second)
 				synctest.Wait()

@@ -16,6 +16,7 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/internal/drain"
 	"github.com/spoa-go/spoa/internal/outbox"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 const (
@@ -308,7 +309,7 @@ func (c *conn) logEnd(e *ending) {
 	if d != nil {
 		kind = d.Status.kind()
 	}
-	if n, ok := c.workers.limit.allow(kind); ok {
+	if n, ok := c.workers.limit.Allow(kind); ok {
 		level.Warn(c.logger()).Log("msg", "connection ended", "err", clipError(err), "suppressed", n)
 	}
 }
@@ -521,7 +522,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 			return err
 		}
 	}
-	if !c.pace.inline() || !rd.allowed() {
+	if !c.pace.Inline() || !rd.allowed() {
 		return rd.spread(payload, reassembled)
 	}
 	j := rd.job
@@ -545,7 +546,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	rd.calls++
 	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
-	if c.pace.slow {
+	if c.pace.Slow() {
 		rd.endBatch()
 	}
 	return nil
@@ -615,10 +616,10 @@ func (rd *reader) endBatch() {
 	now := c.workers.clock()
 	took := now - rd.batchStart
 	waited := rd.calls > 1 || rd.r < rd.w
-	if !waited && took > slowCall {
+	if !waited && took > pace.SlowCall {
 		waited = c.box.Busy()
 	}
-	c.pace.batch(rd.calls, took, waited)
+	c.pace.Batch(rd.calls, took, waited)
 	rd.calls, rd.batchStart = 0, now
 }
 

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/go-kit/log"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // talk is what a whole conversation comes to: by the specification, one frame
@@ -256,7 +257,7 @@ func play(t *testing.T, setup, step byte, said []byte) {
 		WithHandlerFunc("panic", func(context.Context, *Message, *Actions) error { panic("out of cheese") }),
 		WithHandlerFunc("exit", func(context.Context, *Message, *Actions) error { runtime.Goexit(); return nil }),
 		WithHandlerFunc("stall", func(ctx context.Context, m *Message, a *Actions) error {
-			<-time.After(2 * stallAfter)
+			<-time.After(2 * pace.StallAfter)
 			return numbered(ctx, m, a)
 		}),
 		WithFallback(HandlerFunc(func(ctx context.Context, m *Message, a *Actions) error {

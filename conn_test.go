@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/go-kit/log/level"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // A DISCONNECT is answered after the NOTIFYs before it.
@@ -358,7 +359,7 @@ func TestShrinks(t *testing.T) {
 // Handlers of a connection run in its window only, and then it is not read.
 func TestWindow(t *testing.T) {
 	for _, window := range []int{1, 2, 5} {
-		for _, before := range []int{0, stallRun + 1} {
+		for _, before := range []int{0, pace.StallRun + 1} {
 			t.Run(fmt.Sprintf("%d after %d", window, before), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					g := newGate()
@@ -395,7 +396,7 @@ func TestWindow(t *testing.T) {
 
 // Who waits for its own handlers leaves them the worker.
 func TestWindowLeavesWorker(t *testing.T) {
-	for _, took := range []time.Duration{0, slowCall * 2, tick / 2, 2 * tick} {
+	for _, took := range []time.Duration{0, pace.SlowCall * 2, tick / 2, 2 * tick} {
 		synctest.Test(t, func(t *testing.T) {
 			_, ln := startMem(t, WithWorkers(1), WithPipelining(1), WithHandlerFunc("number", func(context.Context, *Message, *Actions) error {
 				<-time.After(took)
@@ -443,7 +444,7 @@ func TestContextOfHandler(t *testing.T) {
 		if err := receive(t, "the handler's end", ended); err != context.Canceled {
 			t.Errorf("want %v, have %v", context.Canceled, err)
 		}
-		wantTook(t, "the handler's end", start, eofGrace, eofGrace+10*stallAfter) // the reader is to stall first
+		wantTook(t, "the handler's end", start, eofGrace, eofGrace+10*pace.StallAfter) // the reader is to stall first
 	})
 }
 

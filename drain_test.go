@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spoa-go/spoa/internal/drain"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 func TestShutdownNobody(t *testing.T) {
@@ -411,7 +412,7 @@ func TestDrainStuckNeighbour(t *testing.T) {
 		start := time.Now()
 		h.send(notifyOf(1, 1, waiting("x")), notifyFrame(2, 2), notifyOf(3, 3, waiting("x")), notifyFrame(4, 4))
 		h.wantAck(2, 2)
-		wantTook(t, "the answer", start, 0, held+3*stallAfter)
+		wantTook(t, "the answer", start, 0, held+3*pace.StallAfter)
 		time.Sleep(time.Second)
 		close(g.open)
 		h.wantAcks(1, 3, 4)

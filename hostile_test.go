@@ -173,7 +173,7 @@ func TestPeerDoesNotRead(t *testing.T) {
 				rawHello(t, nc)
 				synctest.Wait()
 				for c := range a.conns {
-					c.pace.spread = tt.spread
+					c.pace.Spread(tt.spread)
 				}
 				start := time.Now()
 				go func() {

@@ -20,6 +20,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // Readers let each other run first while there are many of them and they have
@@ -71,7 +73,8 @@ func TestPaceAfterSpread(t *testing.T) {
 		a, ln := startMem(t, WithPipelining(1), WithHandler("wait", g), WithHandlerFunc("echo", echo))
 		h := ln.greet(t)
 		c := only(t, a)
-		c.pace.spread, c.pace.slow = 2, true
+		c.pace.Batch(1, time.Second, false)
+		c.pace.Spread(2)
 		h.send(notifyOf(1, 1, waiting("a")), notifyOf(1, 2, waiting("b")), notifyOf(1, 3, echoed("c")))
 		for _, s := range []string{"a", "b"} {
 			<-g.entered
@@ -82,7 +85,7 @@ func TestPaceAfterSpread(t *testing.T) {
 		h.wantActions(1, 2, sets("wait", "b"))
 		h.wantActions(1, 3, sets("echo", "c"))
 		synctest.Wait()
-		if c.pace.spread != 0 || c.pace.slow {
+		if !c.pace.Inline() || c.pace.Slow() {
 			t.Errorf("want the next calls inline, have %+v", c.pace)
 		}
 	})
@@ -93,7 +96,7 @@ func TestPaceAfterSpread(t *testing.T) {
 func TestPaceAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, WithHandlerFunc("number", func(ctx context.Context, m *Message, a *Actions) error {
-			time.Sleep(3 * slowCall)
+			time.Sleep(3 * pace.SlowCall)
 			return numbered(ctx, m, a)
 		}))
 		h := ln.greet(t)
@@ -101,7 +104,7 @@ func TestPaceAlone(t *testing.T) {
 			h.wantAnswers()
 		}
 		synctest.Wait()
-		if c := only(t, a); c.pace.spread != 0 {
+		if c := only(t, a); !c.pace.Inline() {
 			t.Errorf("want the next calls inline, have %+v", c.pace)
 		}
 	})
@@ -126,8 +129,8 @@ func (o *order) ServeSPOE(_ context.Context, m *Message, _ *Actions) error {
 // runs and one that may be first in the ring.
 func TestWorkersFair(t *testing.T) {
 	for _, took := range []time.Duration{
-		stallAfter / 4, // all of a batch inline
-		4 * stallAfter, // all but the first spread
+		pace.StallAfter / 4, // all of a batch inline
+		4 * pace.StallAfter, // all but the first spread
 	} {
 		o := &order{took: took}
 		synctest.Test(t, func(t *testing.T) {
@@ -163,7 +166,7 @@ func TestWorkersClosed(t *testing.T) {
 		g := newGate()
 		a, ln := startMem(t, WithPipelining(2), WithHandler("wait", g))
 		h := ln.greet(t)
-		only(t, a).pace.spread = 100
+		only(t, a).pace.Spread(100)
 		var frames []string
 		for id := range uint64(50) {
 			frames = append(frames, notifyOf(1, id, waiting("x")))
@@ -198,7 +201,7 @@ func TestHandOver(t *testing.T) {
 		a, ln := startMem(t, WithHandler("wait", g), WithHandlerFunc("echo", echo), WithHandlerFunc("view", view))
 		h := ln.greet(t)
 		c := only(t, a)
-		c.pace.calls = stallRun // so that one stall has nothing spread
+		c.pace.Batch(pace.StallRun, 0, false) // so that one stall spreads nothing
 		rest := notifyOf(1, 5, echoed("after"))
 		long := strings.Repeat("long", 2000)
 		began := time.Now()
@@ -350,7 +353,7 @@ func floodWork(ctx context.Context, id uint64) error {
 	case r < 10:
 		time.Sleep(time.Duration(rand.IntN(3000)) * time.Microsecond)
 	case r < 13:
-		<-time.After(2 * stallAfter)
+		<-time.After(2 * pace.StallAfter)
 	case r < 14 && ctx.Done() != nil:
 		ctx.Err()
 	case r < 100:
@@ -510,7 +513,7 @@ func TestWorkersAllocs(t *testing.T) {
 					var c *conn
 					a, dial := startTCP(t, append(tt.opts, WithHandlerFunc("check-client-ip", ipScore), WithHandlerFunc("check-request", lengths),
 						WithHandlerFunc("place", func(context.Context, *Message, *Actions) error {
-							c.pace.spread = left // by the reader, whose it is
+							c.pace.Spread(left) // by the reader, whose it is
 							return nil
 						}))...)
 					nc := dial()
@@ -633,7 +636,7 @@ func TestWorkersBound(t *testing.T) {
 				h.send(frames...)
 			}
 			for left := each * len(hs); left > 0; left-- {
-				time.Sleep(3 * stallAfter)
+				time.Sleep(3 * pace.StallAfter)
 				synctest.Wait()
 				if want, have := int64(min(n, left)), now.Load(); want != have {
 					t.Errorf("want %d handlers at once, have %d", want, have)
@@ -653,64 +656,6 @@ func TestWorkersBound(t *testing.T) {
 				t.Errorf("want permits for %d, have %d", want, have)
 			}
 		})
-	}
-}
-
-func TestPace(t *testing.T) {
-	const quick, slow = slowCall, slowCall + 1
-	type step func(p *pace)
-	batch := func(calls int, each time.Duration, waited bool) step {
-		return func(p *pace) { p.batch(calls, time.Duration(calls)*each, waited) }
-	}
-	stall := step((*pace).stalled)
-	for _, tt := range []struct {
-		name  string
-		steps []step
-		want  int // NOTIFYs spread then
-	}{
-		{"new", nil, 0},
-		{"quick", []step{batch(20, quick, true)}, 0},
-		{"one slow batch", []step{batch(20, slow, true)}, 0},
-		{"two slow batches", []step{batch(20, slow, true), batch(1, slow, true)}, spreadRun},
-		{"nobody waited", []step{batch(1, slow, false), batch(1, slow, false), batch(1, slow, false)}, 0},
-		{"a quick one between", []step{batch(20, slow, true), batch(1, quick, true), batch(20, slow, true)}, 0},
-		{"stalled at once", []step{stall}, spreadRun},
-		{"stalled once in a while", []step{batch(stallRun, quick, true), stall, batch(stallRun, quick, true), stall}, 0},
-		{"stalled twice", []step{batch(stallRun, quick, true), stall, batch(stallRun-1, quick, true), stall}, spreadRun},
-	} {
-		var p pace
-		for _, step := range tt.steps {
-			step(&p)
-		}
-		have := 0
-		for !p.inline() {
-			have++
-		}
-		if tt.want != have {
-			t.Errorf("%s: want %d spread, have %d", tt.name, tt.want, have)
-		}
-		if !p.inline() {
-			t.Errorf("%s: want calls inline from then on", tt.name)
-		}
-	}
-
-	// Is the call that is tried slow, the next ones are spread again; is it
-	// quick, that was all.
-	for _, tried := range []struct {
-		step step
-		want int
-	}{
-		{stall, spreadRun}, {batch(1, slow, true), spreadRun}, {batch(1, quick, true), 0},
-	} {
-		var p pace
-		batch(20, slow, true)(&p)
-		batch(20, slow, true)(&p)
-		for !p.inline() {
-		}
-		tried.step(&p)
-		if want, have := tried.want, p.spread; want != have {
-			t.Errorf("after a run of spread ones: want %d more, have %d", want, have)
-		}
 	}
 }
 

@@ -207,7 +207,7 @@ func (a *Agent) accept(l *listener) error {
 			return err
 		}
 		delay = min(max(2*delay, 5*time.Millisecond), maxAcceptDelay)
-		if n, ok := a.workers.limit.allow("accept"); ok {
+		if n, ok := a.workers.limit.Allow("accept"); ok {
 			level.Warn(a.logger).Log("msg", "accept failed", "err", err, "retry", delay, "suppressed", n)
 		}
 		select {
@@ -246,7 +246,7 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 // as that takes no time.
 func (a *Agent) refuse(c *conn) {
 	c.cancel()
-	if n, ok := a.workers.limit.allow("max conns"); ok {
+	if n, ok := a.workers.limit.Allow("max conns"); ok {
 		level.Warn(a.logger).Log("msg", "connection refused: too many", "max", a.maxConns, "suppressed", n)
 	}
 	if !a.refusing.CompareAndSwap(false, true) {
@@ -284,7 +284,7 @@ func (a *Agent) join(c *conn) {
 	s := a.siblings[e]
 	if s == nil {
 		s = outbox.NewSiblings(isAck, func(frames int) {
-			if n, ok := a.workers.limit.allow("dropped"); ok {
+			if n, ok := a.workers.limit.Allow("dropped"); ok {
 				level.Warn(a.logger).Log("msg", "answers dropped: no connection left", "engine", clip(e.id), "count", frames, "suppressed", n)
 			}
 		})

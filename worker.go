@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/go-kit/log/level"
+	"github.com/spoa-go/spoa/internal/limit"
 	"github.com/spoa-go/spoa/internal/outbox"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // Handler answers one kind of message.
@@ -231,7 +233,7 @@ type queue struct {
 	engine  string
 	hello   *Peer // as the HELLO said; it does not change
 	ackSize int   // what an ACK may hold besides its ids
-	pace    pace
+	pace    pace.Pace
 	turn    atomic.Pointer[turn] // of the current reader
 	watched atomic.Bool          // in workers.watched
 
@@ -276,76 +278,11 @@ func (t *turn) end() bool {
 	return s&1 == 1 && t.seq.CompareAndSwap(s, s+1)
 }
 
-// pace decides where the handlers of a connection run.
-//
-// Inline, on the goroutine that reads the connection, a NOTIFY costs no switch
-// of goroutines, and all NOTIFYs of one read are answered by one write: less than
-// a microsecond each, where a worker of its own costs 2 to 5. But a handler that
-// waits delays all NOTIFYs behind it. So:
-//
-//   - A call that lasts longer than stallAfter loses the connection to another
-//     goroutine (see workers.watch); that costs a few microseconds, once, so it
-//     may be wrong: the goroutine may just have been preempted.
-//   - Two such calls within stallRun calls, or one among a connection's first,
-//     or two batches in a row with more than slowCall a call while others
-//     waited, and the next spreadRun NOTIFYs go to workers. One alone proves
-//     nothing, since wall time counts preemption.
-//   - After that one call is tried inline. If it is slow, the next ones are spread
-//     again: a slow handler costs its neighbours one call in spreadRun; a false
-//     alarm costs about a millisecond of CPU and is over.
-//
-// slowCall is about ten times what spreading costs a call. stallAfter is what
-// a neighbour may notice; a shorter one would need a finer clock than the tick
-// of the runtime's timers that it is measured with.
-type pace struct {
-	spread int  // NOTIFYs still to be given to workers
-	slow   bool // the last batch was
-	calls  int  // since the last stall
-}
-
-const (
-	stallAfter = time.Millisecond
-	stallRun   = 64
-	slowCall   = 30 * time.Microsecond
-	spreadRun  = 256
-)
-
-// inline reports whether the next NOTIFY is to be handled inline.
-func (p *pace) inline() bool {
-	if p.spread == 0 {
-		return true
-	}
-	p.spread--
-	return false
-}
-
-// batch takes note of calls made inline in a row, and whether other NOTIFYs
-// waited meanwhile.
-func (p *pace) batch(calls int, took time.Duration, waited bool) {
-	p.calls = min(p.calls+calls, stallRun)
-	if took <= time.Duration(calls)*slowCall {
-		p.slow = false
-		return
-	}
-	if p.slow && waited {
-		p.spread = spreadRun
-	}
-	p.slow = true
-}
-
-// stalled takes note of an inline call that has lost the connection.
-func (p *pace) stalled() {
-	if p.calls < stallRun {
-		p.spread = spreadRun
-	}
-	p.calls = 0
-}
-
 // workers runs the handlers of an agent.
 type workers struct {
 	*options
 	epoch    time.Time // the zero of clock
-	limit    limiter
+	limit    limit.Limiter
 	inFlight outbox.Total
 
 	jobs    sync.Pool    // of *job
@@ -369,7 +306,7 @@ type workers struct {
 
 func newWorkers(o *options) *workers {
 	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool)}
-	w.limit.now = w.clock
+	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
 	w.timer.Stop()
@@ -570,7 +507,7 @@ func (w *workers) overloaded(j *job) {
 	for j.nextMessage() {
 		w.handled(j, 0, ErrOverload, FaultOverload, true)
 	}
-	if n, ok := w.limit.allow("overload"); ok {
+	if n, ok := w.limit.Allow("overload"); ok {
 		level.Warn(w.logger).Log("msg", "overload: answered without calling the handler", "suppressed", n)
 	}
 }
@@ -769,7 +706,7 @@ func (w *workers) failed(j *job, f Fault, err error) {
 	m := &j.current
 	var p *PanicError
 	errors.As(err, &p)
-	n, ok := w.limit.allow(w.logKind(m))
+	n, ok := w.limit.Allow(w.logKind(m))
 	switch {
 	case !ok:
 	case p != nil:
@@ -884,7 +821,7 @@ func (q *queue) look(now time.Duration) (active bool, calls uint64) {
 		calls = (s - q.seen + 1) / 2
 		q.seen, q.seenAt = s, now
 	case !inline:
-	case now-q.seenAt >= stallAfter*9/10:
+	case now-q.seenAt >= pace.StallAfter*9/10:
 		q.takeOver(t, s)
 	}
 	var shed []*job
@@ -917,7 +854,7 @@ func (q *queue) takeOver(t *turn, s uint64) {
 	t.job.size = len(t.job.payload)
 	q.box.Begin(t.job.size)
 	q.running.push(t.job)
-	q.pace.stalled()
+	q.pace.Stalled()
 	q.taker.handOver()
 }
 
@@ -966,7 +903,7 @@ const maxSlow = 4 // messages of a slow NOTIFY that are named
 // warnSlow logs that a handler is slow. It cannot know which of the messages it
 // is at.
 func (w *workers) warnSlow(messages []string) {
-	if n, ok := w.limit.allow("slow"); ok {
+	if n, ok := w.limit.Allow("slow"); ok {
 		level.Warn(w.logger).Log("msg", "slow handler", "message", clip(strings.Join(messages, ",")), "running", slowWarn, "suppressed", n)
 	}
 }
@@ -1022,37 +959,4 @@ func (d *deadline) cancel(err error) {
 		close(d.done)
 		d.stop()
 	}
-}
-
-// limiter lets a kind of log line through once a second, and counts the others.
-// The kinds are a fixed set, which no peer can add to.
-type limiter struct {
-	now   func() time.Duration
-	mu    sync.Mutex
-	kinds map[string]*limited
-}
-
-type limited struct {
-	next       time.Duration
-	suppressed int
-}
-
-func (l *limiter) allow(kind string) (suppressed int, ok bool) {
-	now := l.now()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	k := l.kinds[kind]
-	if k == nil {
-		if l.kinds == nil {
-			l.kinds = make(map[string]*limited)
-		}
-		k = new(limited)
-		l.kinds[kind] = k
-	} else if now < k.next {
-		k.suppressed++
-		return 0, false
-	}
-	suppressed, k.suppressed = k.suppressed, 0
-	k.next = now + time.Second
-	return suppressed, true
 }

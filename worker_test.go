@@ -18,6 +18,7 @@ import (
 
 	"github.com/go-kit/log"
 	"github.com/spoa-go/spoa/internal/outbox"
+	"github.com/spoa-go/spoa/internal/pace"
 )
 
 // A connection is read on after the time for its HELLO, and for a frame that
@@ -41,7 +42,7 @@ func TestWorkerAfterHelloTimeout(t *testing.T) {
 // or is if it waits, or is spread.
 var places = []struct {
 	name  string
-	stall bool // have it wait for longer than stallAfter
+	stall bool // have it wait for longer than pace.StallAfter
 	bring func(h *haproxy, g *gate)
 }{
 	{"inline", false, func(*haproxy, *gate) {}},
@@ -49,7 +50,7 @@ var places = []struct {
 	{"spread", false, func(h *haproxy, g *gate) {
 		h.send(notifyOf(0, 1, waiting("stall")))
 		<-g.entered
-		time.Sleep(3 * stallAfter)
+		time.Sleep(3 * pace.StallAfter)
 		close(g.of("stall"))
 		h.wantActions(0, 1, sets("wait", "stall"))
 	}},
@@ -63,7 +64,7 @@ func everyplace(t *testing.T, opts []Option, f func(t *testing.T, a *Agent, h *h
 		t.Run(place.name, func(t *testing.T) {
 			stall := func(ctx context.Context, m *Message, a *Actions) error {
 				if place.stall {
-					time.Sleep(3 * stallAfter)
+					time.Sleep(3 * pace.StallAfter)
 				}
 				return nil
 			}
@@ -191,7 +192,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 		a, ln := startMem(t, WithHandlerTimeout(20*time.Millisecond), WithPipelining(1), faultText(ScopeTxn, "fault"),
 			WithHandler("wait", g), WithHandlerFunc("echo", echo), r.hook())
 		h := ln.greet(t)
-		only(t, a).pace.spread = 3 // to be spread
+		only(t, a).pace.Spread(3) // to be spread
 		h.send(notifyOf(1, 1, waiting("late")), notifyOf(1, 2, echoed("x")), notifyOf(1, 3, echoed("y")))
 		h.wantActions(1, 1, sets("fault", "timeout"))
 		for id := uint64(2); id <= 3; id++ {
@@ -572,31 +573,6 @@ func TestHandlerFaults(t *testing.T) {
 				}
 			})
 		})
-	}
-}
-
-func TestLimiter(t *testing.T) {
-	var now time.Duration
-	l := limiter{now: func() time.Duration { return now }}
-	for _, tt := range []struct {
-		at         time.Duration
-		kind       string
-		suppressed int
-		ok         bool
-	}{
-		{0, "a", 0, true},
-		{1, "a", 0, false},
-		{2, "b", 0, true},
-		{time.Second - 1, "a", 0, false},
-		{time.Second, "a", 2, true},
-		{time.Second + 2, "a", 0, false},
-		{time.Second + 2, "b", 0, true},
-		{time.Minute, "a", 1, true},
-	} {
-		now = tt.at
-		if suppressed, ok := l.allow(tt.kind); suppressed != tt.suppressed || ok != tt.ok {
-			t.Errorf("%s at %v: want %d, %v, have %d, %v", tt.kind, tt.at, tt.suppressed, tt.ok, suppressed, ok)
-		}
 	}
 }
 

@@ -152,7 +152,7 @@ type documentReader struct {
 	lines *lineCounter
 }
 
-// at has errors name the line up to which the document has been read.
+// at takes the line up to which the document has been read for that of errors.
 func (d *documentReader) at() { d.line = d.lines.at(d.InputOffset()) }
 
 // container reads what begins with token.

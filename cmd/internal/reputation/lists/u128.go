@@ -53,8 +53,7 @@ func ones(n int) u128 {
 	return u128{0, 1<<n - 1}
 }
 
-func (u u128) or(v u128) u128     { return u128{u.hi | v.hi, u.lo | v.lo} }
-func (u u128) andNot(v u128) u128 { return u128{u.hi &^ v.hi, u.lo &^ v.lo} }
+func (u u128) or(v u128) u128 { return u128{u.hi | v.hi, u.lo | v.lo} }
 
 func (u u128) trailingZeros() int {
 	if u.lo != 0 {

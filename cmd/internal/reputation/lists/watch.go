@@ -149,11 +149,13 @@ func (l *Lists) loadFiles(ctx context.Context, due func(*source) bool) error {
 	func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		defer beginLoad()()
 		changed := l.expand(false)
 		for _, s := range *l.sources.Load() {
 			if s.url() || s.read || !due(s) {
 				continue
+			}
+			if len(results) == 0 {
+				defer beginLoad()()
 			}
 			c, fi, err := l.readFile(ctx, s)
 			if ctx.Err() != nil {

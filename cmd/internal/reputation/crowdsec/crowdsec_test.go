@@ -295,6 +295,18 @@ func TestSimulated(t *testing.T) {
 	want(t, s, "192.0.2.1", "")
 }
 
+// What the API says becomes a header: no line of it begins another one.
+func TestUnprintable(t *testing.T) {
+	api := new(localAPI)
+	api.add("Ip", "192.0.2.1", "ban\r\nX: y", time.Hour)
+	s := newSource(t, api)
+	pull(t, s)
+	f := judge(s, "192.0.2.1")
+	if f.Decision != "ban??x: y" || strings.ContainsAny(f.Reason, "\r\n") {
+		t.Errorf("have %q", f)
+	}
+}
+
 // What the API counts as delivered and was not must come with the next pull.
 func TestLostAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

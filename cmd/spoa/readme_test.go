@@ -257,3 +257,38 @@ func TestReadmeFlags(t *testing.T) {
 		})
 	}
 }
+
+// What the pages link to in the repository exists, headings of the page included.
+func TestPageLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\s*\(([^)\s]+)\)`)
+	for _, page := range []string{"README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/MIGRATION.md", ".github/SECURITY.md"} {
+		text, err := os.ReadFile(filepath.Join("../..", page))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		anchors := headings(string(text))
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			switch to := m[1]; {
+			case strings.Contains(to, "://"):
+			case to[0] == '#':
+				if !slices.Contains(anchors, to) {
+					t.Errorf("%s links to %s: want one of %q", page, to, anchors)
+				}
+			default:
+				if _, err := os.Stat(filepath.Join("../..", filepath.Dir(page), to)); err != nil {
+					t.Errorf("%s links to %s: %v", page, to, err)
+				}
+			}
+		}
+	}
+}
+
+// headings returns the anchors of a page's headings, as GitHub makes them.
+func headings(page string) (anchors []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
+		name := regexp.MustCompile(`[^\p{L}\p{N} -]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		anchors = append(anchors, "#"+strings.ReplaceAll(name, " ", "-"))
+	}
+	return anchors
+}

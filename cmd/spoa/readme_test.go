@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,8 +27,8 @@ const readmePatience = 5 * time.Minute // for building the commands on a busy ma
 // ports, which other programs may have, are replaced by free ones in the page and in the files that it uses. A block of
 // sh is run; in one of console, "$ " begins a command, and the other lines are its output.
 func TestReadme(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it builds the commands")
+	if testing.Short() || raceEnabled() || os.Getenv("GOARCH") != "" {
+		t.Skip("it builds the commands, as a reader does: neither instrumented nor for another machine")
 	}
 	bins := installedHAProxys(t)
 	t.Parallel()
@@ -49,6 +50,11 @@ func TestReadme(t *testing.T) {
 			t.Errorf("%s\nwant output like %q\nhave %q", c.text, c.output, have)
 		}
 	}
+}
+
+func raceEnabled() bool {
+	info, _ := debug.ReadBuildInfo()
+	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 func installedHAProxys(t *testing.T) []haproxyBin {

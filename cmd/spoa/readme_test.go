@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,8 +27,8 @@ const readmePatience = 5 * time.Minute // for building the commands on a busy ma
 // ports, which other programs may have, are replaced by free ones in the page and in the files that it uses. A block of
 // sh is run; in one of console, "$ " begins a command, and the other lines are its output.
 func TestReadme(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it builds the commands")
+	if testing.Short() || raceEnabled() || os.Getenv("GOARCH") != "" {
+		t.Skip("it builds the commands, as a reader does: neither instrumented nor for another machine")
 	}
 	bins := installedHAProxys(t)
 	t.Parallel()
@@ -49,6 +50,11 @@ func TestReadme(t *testing.T) {
 			t.Errorf("%s\nwant output like %q\nhave %q", c.text, c.output, have)
 		}
 	}
+}
+
+func raceEnabled() bool {
+	info, _ := debug.ReadBuildInfo()
+	return info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 func installedHAProxys(t *testing.T) []haproxyBin {
@@ -256,4 +262,39 @@ func TestReadmeFlags(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What the pages link to in the repository exists, headings of the page included.
+func TestPageLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\s*\(([^)\s]+)\)`)
+	for _, page := range []string{"README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/MIGRATION.md", ".github/SECURITY.md"} {
+		text, err := os.ReadFile(filepath.Join("../..", page))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		anchors := headings(string(text))
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			switch to := m[1]; {
+			case strings.Contains(to, "://"):
+			case to[0] == '#':
+				if !slices.Contains(anchors, to) {
+					t.Errorf("%s links to %s: want one of %q", page, to, anchors)
+				}
+			default:
+				if _, err := os.Stat(filepath.Join("../..", filepath.Dir(page), to)); err != nil {
+					t.Errorf("%s links to %s: %v", page, to, err)
+				}
+			}
+		}
+	}
+}
+
+// headings returns the anchors of a page's headings, as GitHub makes them.
+func headings(page string) (anchors []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
+		name := regexp.MustCompile(`[^\p{L}\p{N} -]`).ReplaceAllString(strings.ToLower(m[1]), "")
+		anchors = append(anchors, "#"+strings.ReplaceAll(name, " ", "-"))
+	}
+	return anchors
 }

@@ -202,6 +202,55 @@ func ExampleWithFaultVar() {
 	// <nil>
 }
 
+// Hooks count what happens; cmd/examples/metrics has them for Prometheus.
+func ExampleHooks() {
+	events := make(chan string, 2)
+	agent := spoa.New(
+		spoa.WithHandlerFunc("check-client-ip", checkClientIP),
+		spoa.WithHooks(spoa.Hooks{Message: func(e spoa.MessageEvent) {
+			events <- fmt.Sprintf("%s: fault %v, error %v", e.Message, e.Fault, e.Err)
+		}}),
+		spoa.WithSlog(slog.New(slog.DiscardHandler)),
+	)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+	client.Notify(context.Background(),
+		spoa.MustParseMessage("check-client-ip ip:192.0.2.1"), spoa.MustParseMessage("check-client-ip null"))
+	fmt.Println(<-events)
+	fmt.Println(<-events)
+	// Output:
+	// check-client-ip: fault none, error <nil>
+	// check-client-ip: fault error, error check-client-ip: want an address, have null
+}
+
+// Without a group, a program ends its agent as it ends an http.Server.
+func ExampleAgent_Shutdown() {
+	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))
+	served := make(chan error, 1)
+	go func() { served <- agent.ListenAndServe("tcp", "127.0.0.1:0") }()
+
+	// Here the program waits for a signal.
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := agent.Shutdown(ctx); err != nil {
+		fmt.Println("not all was answered:", err)
+	}
+	fmt.Println(<-served)
+	// Output: spoa: agent closed
+}
+
 // Middleware is around every handler.
 func ExampleWithMiddleware() {
 	timed := func(next spoa.Handler) spoa.Handler {

@@ -554,6 +554,9 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 		h := d.hosts[key]
 		if h == nil {
 			from := a.checks.Missed(c.host, now)
+			if from == 0 && a.checks.Forgot() {
+				from = d.from
+			}
 			h = &drainHost{Host: drain.Host{From: from, Rounds: from > 0}}
 			d.hosts[key] = h
 		}

@@ -67,7 +67,8 @@ func TestAsync(t *testing.T) {
 	})
 }
 
-// Without a sibling the answer is dropped, and the log says so now and then.
+// Without a sibling the answer is dropped, and that is logged once a second at
+// most.
 func TestAsyncNobodyLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -118,7 +119,7 @@ func TestAsyncSizes(t *testing.T) {
 	})
 }
 
-// Who has not agreed on async has no siblings.
+// A connection that has not agreed on async has no siblings.
 func TestAsyncNotAgreed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newGate(), newGate()
@@ -161,8 +162,8 @@ func TestAsyncForwardsNoHello(t *testing.T) {
 	})
 }
 
-// A peer that sends no more and does not read either: what it has not taken is
-// the sibling's, and nothing is left of its connection.
+// A peer sends no more and does not read either: the ACKs that it has not read
+// leave by a sibling, and nothing is left of its connection.
 func TestAsyncUnread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newGate(), newGate()
@@ -194,8 +195,8 @@ func TestAsyncUnread(t *testing.T) {
 	})
 }
 
-// What had been read when the peer went, but had to wait for its turn, is the
-// sibling's too.
+// The NOTIFYs that had been read when the peer went, but had to wait for room,
+// are answered by a sibling too.
 func TestAsyncNotBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		gates := make(map[string]*gate)

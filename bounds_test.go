@@ -55,8 +55,8 @@ func tiny(size int, arguments bool) string {
 	return rawFrame(frameNotify, flagFIN, 1, 1, strings.Repeat(message, size/len(message)))
 }
 
-// What a NOTIFY costs in memory is about twice its bytes, whatever it consists
-// of, and that is given back.
+// A NOTIFY in flight costs about twice its bytes in memory, whatever it consists
+// of, and gives them back.
 func TestInFlightMemory(t *testing.T) {
 	const conns, size = 10, 60000
 	for _, arguments := range []bool{true, false} {
@@ -77,7 +77,7 @@ func TestInFlightMemory(t *testing.T) {
 				}
 				wire := tiny(size, arguments)
 				before := heap()
-				// As many as the agent reads, of more than it has room for.
+				// More are sent than the agent has room for.
 				const each = 20
 				var sent sync.WaitGroup
 				for _, h := range hs {
@@ -93,7 +93,7 @@ func TestInFlightMemory(t *testing.T) {
 				if least := int64(conns * outbox.MaxInFlight / 2); inFlight < least {
 					t.Errorf("want at least %d bytes in flight, have %d", least, inFlight)
 				}
-				// What each connection reads into is besides.
+				// The buffer that each connection is read into comes on top.
 				most := 2*inFlight + conns*3*maxBuffer
 				if have := heap() - before; have > most {
 					t.Errorf("%d bytes in flight: want at most %d in memory, have %d", inFlight, most, have)
@@ -203,7 +203,8 @@ func (c *gatedWrites) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// What is not sent yet is bounded, whatever it consists of and whoever answers.
+// The bytes that are not sent yet are bounded, whatever frames they consist of
+// and whether the reader or workers answer.
 func TestUnsentBytes(t *testing.T) {
 	const value = 10000
 	for _, tt := range []struct {
@@ -250,7 +251,7 @@ func TestUnsentBytes(t *testing.T) {
 	}
 }
 
-// What a drain holds back is bounded too.
+// The answers that a drain holds back are bounded too.
 func TestHeldBytes(t *testing.T) {
 	const value = 10000
 	synctest.Test(t, func(t *testing.T) {
@@ -365,8 +366,8 @@ func TestSlowClose(t *testing.T) {
 	})
 }
 
-// Peers that do not read, and whose connections take long to close, keep nobody
-// waiting: not who asks for Conns, not the handler timeout of others.
+// Peers that do not read, and whose connections take long to close, delay
+// neither Conns nor the handler timeout of other connections.
 func TestSlowCloseOfOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 50 * time.Millisecond
@@ -397,7 +398,7 @@ func TestSlowCloseOfOthers(t *testing.T) {
 	})
 }
 
-// What peers can have logged is bounded: lines, and bytes of a line.
+// The lines that peers can cause in the log are bounded, and so is their length.
 func TestLogBounded(t *testing.T) {
 	long := strings.Repeat("x", 16000)
 	failing := HandlerFunc(func(ctx context.Context, m *Message, _ *Actions) error {

@@ -45,7 +45,8 @@ func TestDisconnectInFlight(t *testing.T) {
 	}
 }
 
-// A handler that takes too long does not keep the connection of who has left.
+// A handler that takes too long does not keep the connection of a peer that has
+// left.
 func TestDisconnectStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -75,7 +76,8 @@ func TestFaultInFlight(t *testing.T) {
 	h.wantEnd(StatusInvalidFrame)
 }
 
-// Who ends amid a row of NOTIFYs leaves the workers to the others.
+// A connection that ends amid a row of NOTIFYs returns its permit to run
+// handlers.
 func TestFaultAfterNotify(t *testing.T) {
 	_, ln := startMem(t, withNumbered(), WithWorkers(2))
 	for range 3 {
@@ -303,7 +305,7 @@ func TestAckSize(t *testing.T) {
 	}
 }
 
-// However a peer goes, that is no fault of anybody's.
+// A peer that goes is no fault, however it goes.
 func TestNormalEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := new(logLines)
@@ -356,7 +358,8 @@ func TestShrinks(t *testing.T) {
 	})
 }
 
-// Handlers of a connection run in its window only, and then it is not read.
+// As many handlers of a connection run as its window allows, and then it is not
+// read.
 func TestWindow(t *testing.T) {
 	for _, window := range []int{1, 2, 5} {
 		for _, before := range []int{0, pace.StallRun + 1} {
@@ -394,7 +397,7 @@ func TestWindow(t *testing.T) {
 	}
 }
 
-// Who waits for its own handlers leaves them the worker.
+// A reader that waits for its own handlers leaves them the worker.
 func TestWindowLeavesWorker(t *testing.T) {
 	for _, took := range []time.Duration{0, pace.SlowCall * 2, tick / 2, 2 * tick} {
 		synctest.Test(t, func(t *testing.T) {
@@ -413,7 +416,7 @@ func TestWindowLeavesWorker(t *testing.T) {
 	}
 }
 
-// Who sends no more may still read.
+// A peer that sends no more may still read.
 func TestHalfClose(t *testing.T) {
 	g := newGate()
 	_, dial := startTCP(t, withNumbered(), WithHandler("slow", g))
@@ -429,7 +432,7 @@ func TestHalfClose(t *testing.T) {
 	h.wantEOF()
 }
 
-// The context of a handler ends some time after its peer has.
+// The context of a handler ends some time after its peer has gone.
 func TestContextOfHandler(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -448,7 +451,7 @@ func TestContextOfHandler(t *testing.T) {
 	})
 }
 
-// What the peer has sent and nobody has read must not cost it the reason.
+// Unread input of the peer does not keep the AGENT-DISCONNECT from reaching it.
 func TestReasonArrives(t *testing.T) {
 	hooks, closed := hooked()
 	_, dial := startTCP(t, hooks)

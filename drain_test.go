@@ -207,8 +207,10 @@ func TestShutdownNearDeadline(t *testing.T) {
 	})
 }
 
-// A listener that is closed in a drain: its connections are closed soon, those in use one after the other, each with the
-// answers that were held back while everybody who asks was waiting; health checks are waited for no longer.
+// When its listener is closed in a drain, a connection is closed soon, without
+// waiting for health checks. Those in use are closed one after the other, each
+// together with the answers that were held back while all peers that ask were
+// waiting.
 func TestShutdownListenerClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hooks, closed := hooked()
@@ -279,7 +281,7 @@ func TestShutdownListenerClosed(t *testing.T) {
 	})
 }
 
-// Answers that are held back leave when the peer has sent its last.
+// Answers that are held back leave when the peer has closed its half.
 func TestShutdownHalfClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
@@ -301,7 +303,8 @@ func TestShutdownHalfClose(t *testing.T) {
 	})
 }
 
-// A connection that is never quiet is held back for a moment only, and loses nothing.
+// The answers of a connection that is never quiet are held back for a moment
+// only, and none is lost.
 func TestShutdownNeverQuiet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
@@ -401,7 +404,7 @@ func TestDrainFullWindow(t *testing.T) {
 	})
 }
 
-// Nor does it wait for a handler that is stuck on the same connection.
+// A held answer does not wait for a handler that is stuck on the same connection.
 func TestDrainStuckNeighbour(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -420,7 +423,8 @@ func TestDrainStuckNeighbour(t *testing.T) {
 	})
 }
 
-// What is half there is not closed upon: it is read to its end, and answered.
+// A connection is not closed within a frame, or a fragmented NOTIFY: that is read
+// to its end, and answered.
 func TestDrainPartial(t *testing.T) {
 	for name, wire := range map[string]string{
 		"frame":    notifyFrame(1, 1),

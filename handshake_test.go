@@ -133,7 +133,7 @@ func TestHandshakeRefused(t *testing.T) {
 	}
 }
 
-// What a peer says is not echoed to it beyond the least frame size.
+// An AGENT-DISCONNECT that quotes the peer is no longer than the least frame size.
 func TestRefusalIsShort(t *testing.T) {
 	_, ln := startMem(t)
 	h := ln.dial(t)

@@ -24,7 +24,7 @@ func (h *haproxy) half() {
 	}
 }
 
-// A conversation may break off after any byte: what was said until then is
+// A conversation may break off after any byte: the frames before that are
 // answered.
 func TestBreaksOff(t *testing.T) {
 	_, dial := startTCP(t, withNumbered())
@@ -93,7 +93,7 @@ func TestCutFrames(t *testing.T) {
 	}
 }
 
-// Memory is taken for what has come, not for what is announced.
+// Memory is taken for the bytes that were received, not for those announced.
 func TestLengthTakesNoMemory(t *testing.T) {
 	_, ln := startMem(t, withNumbered(), WithMaxFrameSize(maxFrameSize), WithFragmentation(1<<30))
 	offer := offered
@@ -302,7 +302,7 @@ func TestFrameTimeoutBeginsAnew(t *testing.T) {
 	})
 }
 
-// The peer isn't blamed for what the agent was too busy to read.
+// No timeout counts against the peer while the agent is too busy to read.
 func TestTimeoutsWhileNotReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -323,7 +323,7 @@ func TestTimeoutsWhileNotReading(t *testing.T) {
 	})
 }
 
-// reset has the connection end with an RST.
+// reset ends the connection with an RST.
 func (h *haproxy) reset() {
 	h.nc.(*net.TCPConn).SetLinger(0)
 	h.nc.Close()

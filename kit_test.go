@@ -66,7 +66,7 @@ func descriptors() int {
 	return len(d)
 }
 
-// eventually waits for what no event tells of.
+// eventually waits until ok reports true, where no event shows that.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(longWait); !ok(); {
@@ -77,7 +77,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// checkLeaks has the test fail if goroutines or descriptors are left behind.
+// checkLeaks makes the test fail if goroutines or descriptors are left behind.
 func checkLeaks(t testing.TB) {
 	l, err := net.Listen("tcp", "127.0.0.1:0") // so that the poller's descriptors are there
 	if err != nil {
@@ -128,7 +128,7 @@ func (l *memListener) Close() error {
 
 func (l *memListener) Addr() net.Addr { return &net.UnixAddr{Name: "mem", Net: "unix"} }
 
-// offer has Accept return c.
+// offer makes Accept return c.
 func (l *memListener) offer(t testing.TB, c net.Conn) {
 	t.Helper()
 	select {
@@ -234,8 +234,8 @@ func startMem(t testing.TB, opts ...Option) (*Agent, *memListener) {
 	return startAgent(t, ln, opts...), ln
 }
 
-// startTCP serves on the loopback, until the test ends, and has nothing be left
-// then.
+// startTCP serves on the loopback, until the test ends, and checks that nothing
+// is left then.
 func startTCP(t testing.TB, opts ...Option) (*Agent, func() *net.TCPConn) {
 	t.Helper()
 	checkLeaks(t)
@@ -254,7 +254,7 @@ func startTCP(t testing.TB, opts ...Option) (*Agent, func() *net.TCPConn) {
 	}
 }
 
-// receive takes what c sends.
+// receive returns the next value of c.
 func receive[T any](t testing.TB, what string, c <-chan T) (v T) {
 	t.Helper()
 	select {
@@ -472,7 +472,7 @@ func rawHelloAs(t testing.TB, nc net.Conn, offer hello) {
 	}
 }
 
-// wantAnswers has the agent answer a NOTIFY.
+// wantAnswers sends a NOTIFY and takes its answer.
 func (h *haproxy) wantAnswers() {
 	h.t.Helper()
 	h.send(notifyFrame(77, 99))
@@ -617,13 +617,13 @@ next:
 	return lines
 }
 
-// hooked tells of connections that end.
+// hooked returns an option, and the errors of the connections that end.
 func hooked() (Option, chan error) {
 	c := make(chan error, 10000)
 	return WithHooks(Hooks{ConnClosed: func(_ Peer, err error) { c <- err }}), c
 }
 
-// wantNothing checks that nothing has come, in a bubble.
+// wantNothing checks that no frame was received, in a bubble.
 func (h *haproxy) wantNothing() {
 	h.t.Helper()
 	synctest.Wait()
@@ -694,8 +694,8 @@ type framesTo struct{ io.Writer }
 
 func (w framesTo) WriteFrames(b []byte, _ time.Duration) (int, error) { return w.Write(b) }
 
-// raceEnabled tells whether this is a build with the race detector, under which
-// a sync.Pool drops things at random.
+// raceEnabled reports whether this is a build with the race detector, under
+// which a sync.Pool drops things at random.
 func raceEnabled() bool {
 	info, _ := debug.ReadBuildInfo()
 	return info != nil && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "-race" && s.Value == "true" })

@@ -91,8 +91,8 @@ func TestPaceAfterSpread(t *testing.T) {
 	})
 }
 
-// A slow handler that nobody waits behind stays inline: to spread it would cost
-// more and help nobody.
+// A slow handler stays inline while no NOTIFY waits behind it: to spread it would
+// only cost more.
 func TestPaceAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, WithHandlerFunc("number", func(ctx context.Context, m *Message, a *Actions) error {
@@ -160,7 +160,7 @@ func TestWorkersFair(t *testing.T) {
 	}
 }
 
-// What a closed connection has left in its buffer is not begun any more.
+// The NOTIFYs that are left in the buffer of a closed connection are not handled.
 func TestWorkersClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate()
@@ -249,8 +249,8 @@ func TestHandOver(t *testing.T) {
 	})
 }
 
-// An idle connection gives back what a burst has had it grow: however that was
-// answered, and whichever of its buffers it was.
+// An idle connection gives back every buffer that a burst has made it grow,
+// however the burst was answered.
 func TestIdleShrinks(t *testing.T) {
 	large := func(_ context.Context, m *Message, a *Actions) error {
 		v, _ := m.Lookup("s")

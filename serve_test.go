@@ -103,7 +103,7 @@ func TestAcceptTemporary(t *testing.T) {
 	})
 }
 
-// While an agent drains it goes on accepting, and goes on being patient.
+// An agent that drains goes on accepting, and waits longer after each failure.
 func TestAcceptTemporaryInDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
@@ -238,8 +238,8 @@ func TestActorGraceOver(t *testing.T) {
 	})
 }
 
-// In a group of oklog/run the actor that ends first has the others interrupted,
-// one after another.
+// A group of oklog/run interrupts the other actors, one after another, when the
+// first has ended.
 func TestActorInGroup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := newMemListener()
@@ -260,7 +260,8 @@ func TestActorInGroup(t *testing.T) {
 	})
 }
 
-// A connection that waits for handlers before it reads on does not after Close.
+// A connection that waits for room before it reads on does not read on after
+// Close.
 func TestCloseWindowFull(t *testing.T) {
 	for _, opts := range [][]Option{nil, {WithAsync()}} {
 		synctest.Test(t, func(t *testing.T) {
@@ -282,7 +283,7 @@ func TestCloseWindowFull(t *testing.T) {
 	}
 }
 
-// Close while an answer is being written.
+// Close may be called while an answer is being written.
 func TestCloseWhileWriting(t *testing.T) {
 	for range 50 {
 		synctest.Test(t, func(t *testing.T) {
@@ -299,7 +300,8 @@ func TestCloseWhileWriting(t *testing.T) {
 	}
 }
 
-// Who checks an agent's health but sends it nothing has most likely forgotten something; once is enough to say so.
+// Health checks without a NOTIFY are warned of, once: HAProxy's configuration is
+// most likely not complete.
 func TestSilenceWarned(t *testing.T) {
 	for _, asked := range []bool{false, true} {
 		t.Run(fmt.Sprintf("asked %v", asked), func(t *testing.T) {

@@ -109,7 +109,7 @@ func TestWorkerGoexit(t *testing.T) {
 	})
 }
 
-// record is what Hooks.Handled was told.
+// record keeps the calls of Hooks.Handled.
 type record struct {
 	mu   sync.Mutex
 	list []string
@@ -123,7 +123,7 @@ func (r *record) hook() Option {
 	}})
 }
 
-// want compares what was told since the last time.
+// want compares the calls since the last time.
 func (r *record) want(t testing.TB, want ...string) {
 	t.Helper()
 	r.mu.Lock()
@@ -159,7 +159,7 @@ func TestHandlerTimeout(t *testing.T) {
 	})
 }
 
-// An error of its own says more than that the handler was late.
+// A late handler's own error is reported, rather than that it was late.
 func TestHandlerTimeoutOwnError(t *testing.T) {
 	var r record
 	opts := []Option{WithHandlerTimeout(5 * time.Millisecond), r.hook(),
@@ -208,7 +208,7 @@ func TestHandlerTimeoutWindow(t *testing.T) {
 }
 
 // A job may be late before its goroutine has got the processor for the first
-// time. Its handlers are not called then: nobody would end their context.
+// time. Its handlers are not called then, since nothing would end their context.
 func TestLateBeforeBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r record

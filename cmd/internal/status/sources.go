@@ -57,7 +57,7 @@ func (c sourceCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		known[[2]string{s.Name, s.Kind}] = true
 		send := func(d *prometheus.Desc, t prometheus.ValueType, v float64) {
-			ch <- prometheus.MustNewConstMetric(d, t, v, s.Name, s.Kind)
+			ch <- prometheus.MustNewConstMetric(d, t, v, label(s.Name), s.Kind)
 		}
 		up := 1.0
 		if s.Problem != "" {

@@ -7,17 +7,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
+	"hash/fnv"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
@@ -177,14 +178,14 @@ func (st *Status) registerVerdicts() {
 	if st.config.Lists != nil {
 		for _, s := range st.config.Lists.Stats() {
 			if !s.Allow { // two files may have one name, and so one counter
-				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", label(s.Name))
 			}
 		}
 	}
 	if st.config.Sources != nil {
 		st.config.Sources.Report(func(s reputation.Status, _ reputation.Counts) {
 			if s.Kind != "mmdb" { // which judges nothing
-				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", s.Name)
+				st.verdicts[s.Name] = verdicts.WithLabelValues("listed", label(s.Name))
 			}
 		})
 	}
@@ -291,7 +292,7 @@ func (st *Status) Judged(list string, listed bool) {
 		if c := st.verdicts[list]; c != nil {
 			c.Inc()
 		} else { // a file that came to a directory of lists
-			st.verdict.WithLabelValues("listed", list).Inc()
+			st.verdict.WithLabelValues("listed", label(list)).Inc()
 		}
 	default:
 		st.unlisted.Inc()
@@ -342,7 +343,7 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		return
 	}
 	for _, s := range st.config.Lists.Stats() {
-		labels := []string{s.Name, s.File, listKind(s)}
+		labels := []string{label(s.Name), label(s.File), listKind(s)}
 		send(entriesDesc, prometheus.GaugeValue, float64(s.Entries), labels...)
 		send(badDesc, prometheus.GaugeValue, float64(s.BadLines), labels...)
 		send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
@@ -363,57 +364,28 @@ func connState(c spoa.ConnInfo) string {
 	return "idle"
 }
 
+// maxLabel bounds the bytes of a label. The longest name of a file has 255.
+const maxLabel = 300
+
+// label returns the name of a list, a file or a source as a label: as it is, but
+// for what is not UTF-8, or for people, or endless. Different names stay so.
+func label(s string) string {
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		s = strings.Trim(strconv.Quote(s), `"`)
+	}
+	if len(s) > maxLabel {
+		h := fnv.New64a()
+		h.Write([]byte(s))
+		s = fmt.Sprintf("%s… %x", strings.ToValidUTF8(s[:maxLabel], ""), h.Sum64())
+	}
+	return s
+}
+
 func listKind(s lists.Stats) string {
 	if s.Allow {
 		return "allow"
 	}
 	return "reputation"
-}
-
-// Drain makes the server say that the agent is coming to its end: it is not
-// ready any more.
-func (st *Status) Drain() { st.draining.Store(true) }
-
-// Actor returns the HTTP server on l as an actor of an oklog/run group.
-func (st *Status) Actor(l net.Listener) (execute func() error, interrupt func(error)) {
-	srv := &http.Server{Handler: st.handler(), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute}
-	ctx, cancel := context.WithCancel(context.Background())
-	execute = func() error {
-		go st.sampleUntil(ctx)
-		err := srv.Serve(l)
-		if errors.Is(err, http.ErrServerClosed) {
-			<-ctx.Done()
-			return nil
-		}
-		return err
-	}
-	interrupt = func(error) {
-		defer cancel()
-		ctx, done := context.WithTimeout(ctx, time.Second)
-		defer done()
-		if srv.Shutdown(ctx) != nil {
-			srv.Close()
-		}
-	}
-	return execute, interrupt
-}
-
-func (st *Status) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(st.registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if st.draining.Load() {
-			http.Error(w, "draining", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ready")
-	})
-	mux.HandleFunc("GET /{$}", st.page)
-	if st.config.Lists != nil || st.config.Sources != nil {
-		mux.HandleFunc("GET /lookup", st.lookup)
-	}
-	return mux
 }
 
 // sampleUntil samples until ctx ends.

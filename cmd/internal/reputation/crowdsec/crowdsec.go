@@ -276,8 +276,8 @@ func (s *Source) add(t *table, d *decision, answered time.Duration) {
 
 // finding returns the Finding of decisions of that type and scenario.
 func (s *Source) finding(d *decision) *reputation.Finding {
-	kind := strings.ToLower(d.Type)
-	reason := fmt.Sprintf("%s: %s for %s", name, kind, d.Scenario)
+	kind := reputation.Text(strings.ToLower(d.Type))
+	reason := reputation.Text(fmt.Sprintf("%s: %s for %s", name, kind, d.Scenario))
 	f := s.findings[reason]
 	if f == nil {
 		f = &reputation.Finding{Source: name, State: reputation.Listed, Score: s.Scores.of(kind), Reason: reason, Decision: kind}

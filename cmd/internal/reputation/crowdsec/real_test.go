@@ -101,7 +101,7 @@ func TestRealServerWrongKey(t *testing.T) {
 
 func TestRealServerMany(t *testing.T) {
 	server := crowdsectest.Start(t)
-	const n = 5_000
+	const n = 1_000
 	var addrs []string
 	for i := range n {
 		addrs = append(addrs, fmt.Sprintf("100.64.%d.%d", i>>8, i&255))

@@ -74,6 +74,22 @@ func peak() func() uint64 {
 	}
 }
 
+// An entry takes some twenty bytes, a tenth of them being of IPv6.
+func TestMemory(t *testing.T) {
+	const n = 200_000
+	path, _ := addresses(t, n, 1)
+	runtime.GC()
+	before := inUse()
+	l, err := Open(t.Context(), Options{Block: []File{{Path: path}}, settle: time.Nanosecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if have := float64(inUse()-before) / n; have > 40 { // the index of a table alone is 2
+		t.Errorf("want 40 bytes an entry at most, have %.1f", have)
+	}
+	runtime.KeepAlive(l)
+}
+
 // BenchmarkMemory reports what the lists take at rest, and how much more while
 // they are read again, with the same content and with another; and the longest
 // lookup meanwhile.

@@ -26,6 +26,11 @@ func TestPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, s := range l.Stats() {
+		if s.Modified.IsZero() {
+			t.Errorf("%s: want it as old as the process at most, have %v", s.Name, s.Modified)
+		}
+	}
 	for range 2 {
 		if v := l.Lookup(netip.MustParseAddr("192.0.2.1")); v != (Verdict{Listed, 5, "stdin"}) {
 			t.Errorf("standard input: have %v", v)

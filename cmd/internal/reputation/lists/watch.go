@@ -162,7 +162,7 @@ func (l *Lists) loadFiles(ctx context.Context, due func(*source) bool) error {
 				results = append(results, result{source: s, err: ctx.Err()})
 				break
 			}
-			modified := time.Time{}
+			modified := time.Now()
 			if fi != nil {
 				modified = fi.ModTime()
 			}

@@ -191,10 +191,10 @@ func placeOf(v any) place {
 		country: first(field(m, "country", "iso_code"), field(m, "country_code"), field(m, "country"), field(m, "registered_country", "iso_code")),
 		org:     first(field(m, "autonomous_system_organization"), field(m, "as_name"), field(m, "name")),
 	}
-	if len(p.country) != 2 { // such as a name
+	p.org = reputation.Text(p.org)
+	if p.country = strings.ToUpper(p.country); !isCountry(p.country) { // such as a name
 		p.country = ""
 	}
-	p.country = strings.ToUpper(p.country)
 	switch n := m["autonomous_system_number"].(type) {
 	case uint64:
 		p.asn = uint32(n)

@@ -50,6 +50,7 @@ func TestLocate(t *testing.T) {
 		"203.0.114.0/24":  m{"registered_country": m{"iso_code": mmdbtype.String("DE")}},
 		"203.0.115.0/24":  m{"name": mmdbtype.String("of a city"), "city": m{}},
 		"203.0.116.0/24":  mmdbtype.String("no map"),
+		"203.0.117.0/24":  m{"country_code": mmdbtype.String("\r\n"), "asn": mmdbtype.String("1"), "name": mmdbtype.String("two\r\nlines")},
 		"2001:db8::/32":   m{"country": mmdbtype.String("FR"), "autonomous_system_number": mmdbtype.Uint64(1 << 31)},
 	}))
 	for addr, want := range map[string]subject{
@@ -60,6 +61,7 @@ func TestLocate(t *testing.T) {
 		"203.0.114.1":        {Country: "DE"},
 		"203.0.115.1":        {},
 		"203.0.116.1":        {},
+		"203.0.117.1":        {ASN: 1, Org: "two??lines"},
 		"2001:db8::1":        {Country: "FR", ASN: 1 << 31},
 		"2001:db9::1":        {},
 		"::ffff:192.0.2.129": {ASN: 64496, Org: "Example"},

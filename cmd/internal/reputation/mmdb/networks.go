@@ -184,7 +184,7 @@ func (n *Networks) readFile() (map[uint32]reputation.Finding, error) {
 	table := make(map[uint32]reputation.Finding, len(networks))
 	for asn, name := range networks {
 		reason := fmt.Sprintf("network %s: AS%d %s", n.name, asn, name)
-		table[asn] = reputation.Finding{Source: n.name, State: reputation.Listed, Score: n.Score, Reason: strings.TrimSpace(reason)}
+		table[asn] = reputation.Finding{Source: n.name, State: reputation.Listed, Score: n.Score, Reason: reputation.Text(strings.TrimSpace(reason))}
 	}
 	return table, nil
 }

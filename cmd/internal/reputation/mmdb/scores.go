@@ -22,8 +22,7 @@ func (c *Countries) String() string { return strings.Join(slices.Sorted(maps.Key
 func (c *Countries) Set(text string) error {
 	country, worth, ok := strings.Cut(text, "=")
 	country = strings.ToUpper(country)
-	letter := func(b byte) bool { return 'A' <= b && b <= 'Z' }
-	if !ok || len(country) != 2 || !letter(country[0]) || !letter(country[1]) {
+	if !ok || !isCountry(country) {
 		return fmt.Errorf("%.40q: want CC=SCORE, with the country's two letters of ISO 3166", text)
 	}
 	score, err := parseScore(worth)
@@ -35,6 +34,11 @@ func (c *Countries) Set(text string) error {
 	}
 	(*c)[country] = reputation.Finding{Source: "country", State: reputation.Listed, Score: score, Reason: "country " + country}
 	return nil
+}
+
+func isCountry(s string) bool {
+	letter := func(b byte) bool { return 'A' <= b && b <= 'Z' }
+	return len(s) == 2 && letter(s[0]) && letter(s[1])
 }
 
 // Judge implements reputation.Source. It never waits.

@@ -31,6 +31,7 @@ func TestReadme(t *testing.T) {
 		t.Skip("it builds the commands, as a reader does: neither instrumented nor for another machine")
 	}
 	bins := installedHAProxys(t)
+	needLoopback(t)
 	t.Parallel()
 	dir := shortTempDir(t)
 	copyTree(t, dir, "../..", freePorts(t))

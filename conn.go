@@ -93,9 +93,12 @@ func (c *conn) inFlight() int {
 	return int(c.notifies.Load() - answered)
 }
 
-// look shows the connection to the drain.
-func (c *conn) look() drain.Look {
-	answered := c.box.Answered() // before notifies, so that it is not more
+// look shows the connection to the drain, which last saw it as seen.
+func (c *conn) look(seen drain.Look) drain.Look {
+	answered := seen.Answered
+	if answered != seen.Notifies || c.notifies.Load() != seen.Notifies { // else nothing was answered since
+		answered = c.box.Answered() // before notifies, so that it is not more
+	}
 	return drain.Look{
 		Agreed:   c.peer.Load().FrameSize > 0,
 		Notifies: c.notifies.Load(),

@@ -103,7 +103,7 @@ config_paths:
   notification_dir: DIR/notifications
   plugin_dir: DIR/plugins
 cscli: {output: raw}
-db_config: {type: sqlite, db_path: DIR/data/crowdsec.db}
+db_config: {type: sqlite, db_path: DIR/data/crowdsec.db, use_wal: true}
 api:
   client: {credentials_path: DIR/credentials.yaml}
   server: {listen_uri: ADDR, profiles_path: DIR/profiles.yaml}

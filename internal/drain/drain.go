@@ -27,19 +27,22 @@
 //   - Together: connections are parted only while all of the host are ready, and
 //     as many NOTIFYs wait as in the fullest of the last rounds. On a busy
 //     machine silence alone proves little: HAProxy may not have been scheduled.
-//   - One by one: those without answers are parted first, at once. Then one that
-//     has answers: they leave in one Write with the AGENT-DISCONNECT, which
-//     HAProxy handles before it sends anything. Whoever these answers reach asks
-//     again, perhaps on another connection; so the others must be quiet anew.
+//   - One by one: those without answers are parted first. Then one that has
+//     answers: they leave in one Write with the AGENT-DISCONNECT, which HAProxy
+//     handles before it sends anything. Whoever these answers reach asks again,
+//     perhaps on another connection; so the others must be quiet anew. Of many
+//     connections a few are parted together, which HAProxy hardly ever chooses
+//     just then.
 //   - Release: when the hold is over all held answers leave, and the next round
 //     begins after pause.
-//   - Bold: after patience rounds without success, and when little time is left,
+//   - Bold: after patience rounds without success (patienceMany rounds for a host
+//     with many connections), and when little time is left,
 //     connections that are ready are parted though others are not, some in each
 //     round, before the answers of the others are released. After twice as many
 //     rounds they need not be quiet: requests come whether or not others wait.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
-//   - Last: at Until every connection is parted, whatever is in flight.
+//   - Last: from Until on every connection is parted, whatever is in flight.
 package drain
 
 import (
@@ -55,19 +58,22 @@ const QuietTime = time.Second
 const Never = time.Duration(math.MaxInt64)
 
 const (
-	holdFor    = 50 * time.Millisecond  // longest time that an answer is held back
-	pause      = 100 * time.Millisecond // between the rounds of holding
-	quiet      = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
-	quietNew   = 40 * time.Millisecond  // likewise on a connection without a NOTIFY, which HAProxy opened to send one
-	quietLooks = 5                      // looks in that time, since a process that has not run has seen nothing
-	window     = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
-	compared   = 3                      // rounds whose waiting NOTIFYs are compared
-	patience   = 20                     // rounds before a host's connections are parted one without the others
-	boldAfter  = 30 * time.Millisecond  // of a hold: answers of the others must still be held
-	boldParts  = 10                     // a bold round parts one in so many of those with answers
-	perLook    = 128                    // connections parted by one look
-	idleLook   = 20 * time.Millisecond  // least time between two looks for idle connections
-	slowLook   = QuietTime / 4          // between looks at a connection with something in flight
+	holdFor      = 50 * time.Millisecond  // longest time that an answer is held back
+	pause        = 100 * time.Millisecond // between the rounds of holding
+	quiet        = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
+	quietNew     = 40 * time.Millisecond  // likewise on a connection without a NOTIFY, which HAProxy opened to send one
+	quietLooks   = 5                      // looks in that time, since a process that has not run has seen nothing
+	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
+	compared     = 3                      // rounds whose waiting NOTIFYs are compared
+	patience     = 20                     // rounds before a host's connections are parted one without the others,
+	patienceMany = 5                      // and of a host with many, which are hardly ever all ready
+	many         = 100                    // connections
+	boldAfter    = 30 * time.Millisecond  // of a hold: answers of the others must still be held
+	boldParts    = 10                     // a bold round parts one in so many of those with answers
+	oneIn        = 32                     // of many with answers are parted together
+	perLook      = 256                    // connections parted by one look
+	idleLook     = 20 * time.Millisecond  // least time between two looks for idle connections
+	slowLook     = QuietTime / 4          // between looks at a connection with something in flight
 )
 
 // Verdict is what is to be done with a connection.
@@ -141,10 +147,10 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 	}
 	switch {
 	case now >= last:
-		for _, c := range conns {
+		for _, c := range conns[:min(perLook, len(conns))] {
 			c.Verdict = Part
 		}
-		return Never
+		return now + Tick(len(conns))
 	case now < h.From:
 		return min(h.From, last)
 	case !h.Rounds:
@@ -203,7 +209,7 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 	switch enough := h.asMany(waiting) || full || still; {
 	case anyReady && all && enough:
 		part(now, conns)
-	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patience || h.Until > 0):
+	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patienceWith(len(conns)) || h.Until > 0):
 		h.bold = h.partReady(conns)
 	}
 	if now-h.began >= holdFor {
@@ -243,25 +249,33 @@ func (h *Host) asMany(n uint64) bool {
 	return h.rounds >= compared-1 && n >= slices.Max(h.most[:])
 }
 
-// part parts the ready connections that have no answers, or else one that has.
-// Then the others must be quiet anew.
+// patienceWith returns the number of rounds before the host's n connections are
+// parted one without the others.
+func patienceWith(n int) int {
+	if n > many {
+		return patienceMany
+	}
+	return patience
+}
+
+// part parts the ready connections that have no answers, or else one that has, a
+// few of many. Then the others must be quiet anew.
 func part(now time.Duration, conns []*Conn) {
-	var last *Conn
 	parted := 0
 	for _, c := range conns {
-		switch {
-		case !c.ready:
-		case c.Answered == c.base:
+		if c.ready && c.Answered == c.base {
 			if parted++; parted > perLook {
 				return // the rest at the next look
 			}
 			c.Verdict = Part
-		default:
-			last = c
 		}
 	}
-	if parted == 0 && last != nil {
-		last.Verdict = Part
+	for some := 1 + len(conns)/oneIn; parted == 0 && some > 0; some-- {
+		i := slices.IndexFunc(conns, func(c *Conn) bool { return c.ready && c.Verdict != Part })
+		if i < 0 {
+			break
+		}
+		conns[i].Verdict = Part
 	}
 	for _, c := range conns {
 		c.since, c.looks = now, 0
@@ -276,7 +290,7 @@ func (h *Host) partReady(conns []*Conn) (done bool) {
 	if h.Until == 0 {
 		some = 1 + len(conns)/boldParts
 	}
-	quiet := h.rounds < 2*patience
+	quiet := h.rounds < 2*patienceWith(len(conns))
 	parted := 0
 	for _, c := range conns {
 		switch {

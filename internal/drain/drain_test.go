@@ -168,6 +168,7 @@ func TestFewAtATime(t *testing.T) {
 		"idle":     {Host{}, idle},
 		"all idle": {Host{Rounds: true}, idle},
 		"together": {Host{Rounds: true}, used},
+		"last":     {Host{Until: 1}, busy},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, tt.host)

@@ -93,9 +93,12 @@ func (c *conn) inFlight() int {
 	return int(c.notifies.Load() - answered)
 }
 
-// look shows the connection to the drain.
-func (c *conn) look() drain.Look {
-	answered := c.box.Answered() // before notifies, so that it is not more
+// look shows the connection to the drain, which last saw it as seen.
+func (c *conn) look(seen drain.Look) drain.Look {
+	answered := seen.Answered
+	if answered != seen.Notifies || c.notifies.Load() != seen.Notifies { // else nothing was answered since
+		answered = c.box.Answered() // before notifies, so that it is not more
+	}
 	return drain.Look{
 		Agreed:   c.peer.Load().FrameSize > 0,
 		Notifies: c.notifies.Load(),
@@ -493,8 +496,8 @@ func (rd *reader) hello() error {
 	c.agreed, c.greeted = negotiate(h, a.terms()), true
 	c.ackSize = c.agreed.frameSize - (minFrameLen - 2)
 	peer := &Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck}
-	c.peer.Store(peer)
 	c.engine, c.queue.hello, rd.job.peer = h.engineID, peer, peer
+	c.peer.Store(peer) // last: from now on the drain may write, which logs the engine
 	rd.out = appendHello(rd.out, frameAgentHello, &hello{versions: version, frameSize: uint32(c.agreed.frameSize), capabilities: c.agreed.capabilities()})
 	rd.flush()
 	if h.healthcheck {
@@ -546,6 +549,10 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	rd.calls++
 	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
+	if cap(j.buf) > maxPooled { // of a reassembled NOTIFY
+		j.release()
+		j.buf = nil
+	}
 	if c.pace.Slow() {
 		rd.endBatch()
 	}

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 )
 
 // fragments cuts payload into frames, behind each of the cuts.
@@ -211,5 +213,44 @@ func TestAssembler(t *testing.T) {
 	f := notify(0, 1, "ab")
 	if _, _, err := none.add(&f); err == nil || err.(*DisconnectError).Status != StatusNoFragmentation {
 		t.Errorf("without fragmentation: want %v, have %v", StatusNoFragmentation, err)
+	}
+}
+
+// What a fragmented NOTIFY took is given back at once, though the connection is
+// never idle.
+func TestFragmentsGiveBackMemory(t *testing.T) {
+	const conns, size = 20, 1 << 20
+	offer := hello{versions: "2.0", frameSize: 65535, capabilities: "pipelining,fragmentation"}
+	payload := string(appendMessage(nil, NewMessage("big", Arg{"s", String(strings.Repeat("x", size))})))
+	for _, last := range []uint32{flagFIN, flagAbort} {
+		synctest.Test(t, func(t *testing.T) {
+			_, ln := startMem(t, withNumbered(), WithFragmentation(2*size),
+				WithHandlerFunc("big", func(context.Context, *Message, *Actions) error { return nil }))
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			for range conns {
+				h := ln.dial(t)
+				h.helloAs(offer)
+				kind, flags := byte(frameNotify), uint32(0)
+				for rest := payload; rest != ""; kind = frameUnset {
+					n := min(len(rest), 60000)
+					if n == len(rest) {
+						flags = last
+					}
+					h.send(rawFrame(kind, flags, 1, 1, rest[:n]))
+					rest = rest[n:]
+				}
+				if last == flagFIN {
+					h.want(frameAck)
+				}
+				h.wantAnswers()
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			if kept := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / conns; kept > size/2 {
+				t.Errorf("flags %d: want less than %d bytes kept by each connection, have %d", last, size/2, kept)
+			}
+		})
 	}
 }

@@ -487,6 +487,7 @@ func (g *assembler) add(f *frame) (payload []byte, _ assembly, _ error) {
 	}
 	switch {
 	case f.abort():
+		g.buf = nil
 		return nil, unfinished, nil
 	case len(g.buf)+len(f.payload) > g.max:
 		g.refused, g.open, g.buf = g.open, false, nil

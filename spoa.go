@@ -87,7 +87,9 @@ const (
 )
 
 const (
-	leastLook   = time.Millisecond // between two looks of a drain at a connection
+	leastLook   = time.Millisecond     // between two looks of a drain at a connection
+	manyConns   = 100                  // of a drain whose looks are kept apart
+	spacing     = 4 * time.Microsecond // for each connection, beyond manyConns, between looks because one has ended
 	stopFor     = 100 * time.Millisecond
 	refuseFor   = 100 * time.Millisecond // for a peer beyond WithMaxConns to be told so
 	closeFor    = time.Second            // for connections to end after Close, before Serve returns
@@ -454,6 +456,7 @@ type drainer struct {
 	from  time.Duration // the listeners stay open until then: HAProxy may still send new connections
 	until time.Duration // everything is closed then; 0: no such time
 	seq   uint64        // of the agent's connections when they were last gathered
+	early time.Duration // a change of the connections is no reason to look before
 	conns int
 	hosts map[hostKey]*drainHost
 }
@@ -482,19 +485,34 @@ func (d *drainer) run() {
 	t := time.NewTimer(0)
 	defer t.Stop()
 	for {
+		var now time.Duration
 		select {
 		case <-a.changed:
+			if now = a.workers.clock(); now < d.early && !d.urgent() {
+				t.Reset(d.early - now)
+				continue
+			}
 		case <-t.C:
+			now = a.workers.clock()
 		}
-		now := a.workers.clock()
 		next, over := d.step(now)
 		if over {
 			a.advance(closed)
 			close(a.done)
 			return
 		}
+		d.early = now + time.Duration(max(0, d.conns-manyConns))*spacing
 		t.Reset(min(next-now, time.Hour))
 	}
+}
+
+// urgent reports whether the agent is in another phase than at the last look, or
+// has no connection left.
+func (d *drainer) urgent() bool {
+	a := d.agent
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.conns) == 0 || a.phase.Load() != d.phase
 }
 
 // step looks at every connection. It returns when to look again, or that nothing
@@ -554,6 +572,9 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 		h := d.hosts[key]
 		if h == nil {
 			from := a.checks.Missed(c.host, now)
+			if from == 0 && a.checks.Forgot() {
+				from = d.from
+			}
 			h = &drainHost{Host: drain.Host{From: from, Rounds: from > 0}}
 			d.hosts[key] = h
 		}
@@ -572,7 +593,7 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 func (h *drainHost) step(now time.Duration) (next time.Duration) {
 	h.dropLeaving()
 	for i, c := range h.conns {
-		h.views[i].Look = c.look()
+		h.views[i].Look = c.look(h.views[i].Look)
 	}
 	next = h.Step(now, h.views)
 	last := h.Until > 0 && now >= h.Until

@@ -182,7 +182,7 @@ func TestBadSources(t *testing.T) {
 		{"SPOA_TLS_CRT=x", "", "the nearest is SPOA_TLS_CERT"},
 		{"", "n abc", ":1: n abc: want a number of workers"},
 		{"", "# x\n\nn abc", ":3: n abc: want"},
-		{"", "listen = 127.0.0.1:1", `:1: "listen = 127.0.0.1:1": want "listen 127.0.0.1:1", without = or :`},
+		{"", "listen = 127.0.0.1:1", `:1: "listen = 127.0.0.1:1": want "listen 127.0.0.1:1", without = or colon`},
 		{"", "listen=127.0.0.1:1", `want "listen 127.0.0.1:1"`},
 		{"", "listen: 127.0.0.1:1", `want "listen 127.0.0.1:1"`},
 		{"", "listen : 127.0.0.1:1", `want "listen 127.0.0.1:1"`},

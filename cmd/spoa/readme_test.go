@@ -25,12 +25,13 @@ const readmePatience = 5 * time.Minute // for building the commands on a busy ma
 
 // The shell blocks of README.md do what it says, pasted one after another into a shell in a copy of the repository. Its
 // ports, which other programs may have, are replaced by free ones in the page and in the files that it uses. A block of
-// sh is run; in one of console, "$ " begins a command, and the other lines are its output.
+// sh is run, and a block of text that follows is its output.
 func TestReadme(t *testing.T) {
 	if testing.Short() || raceEnabled() || os.Getenv("GOARCH") != "" {
 		t.Skip("it builds the commands, as a reader does: neither instrumented nor for another machine")
 	}
 	bins := installedHAProxys(t)
+	needLoopback(t)
 	t.Parallel()
 	dir := shortTempDir(t)
 	copyTree(t, dir, "../..", freePorts(t))
@@ -141,30 +142,24 @@ func copyTree(t *testing.T, dir, root string, ports []string) {
 	}
 }
 
-// readmeCommand is a command of the page.
-type readmeCommand struct {
+// shellCommands is a block of the page.
+type shellCommands struct {
 	text   string
 	output *regexp.Regexp // nil: any
 }
 
 var (
-	shellBlock = regexp.MustCompile("(?ms)^```(sh|console)\n(.*?)^```$")
-	spaces     = regexp.MustCompile(" +")
+	block  = regexp.MustCompile("(?ms)^```(\\w*)\n(.*?)^```$")
+	spaces = regexp.MustCompile(" +")
 )
 
-func readCommands(page string) (all []readmeCommand) {
-	for _, block := range shellBlock.FindAllStringSubmatch(page, -1) {
-		if block[1] == "sh" {
-			all = append(all, readmeCommand{text: block[2]})
-			continue
-		}
-		for part := range strings.SplitSeq("\n"+block[2], "\n$ ") {
-			if text, output, ok := strings.Cut(part, "\n"); text != "" {
-				if !ok {
-					output = ""
-				}
-				all = append(all, readmeCommand{text, outputPattern(output)})
-			}
+func readCommands(page string) (all []shellCommands) {
+	for _, m := range block.FindAllStringSubmatch(page, -1) {
+		switch last := len(all) - 1; m[1] {
+		case "sh":
+			all = append(all, shellCommands{text: m[2]})
+		case "text":
+			all[last].output = outputPattern(m[2])
 		}
 	}
 	return all
@@ -190,7 +185,7 @@ func outputPattern(output string) *regexp.Regexp {
 func marker(i int) string { return fmt.Sprintf("--- command %d\n", i) }
 
 // script returns the commands as one script, which ends at the first that fails, and leaves nothing running.
-func script(commands []readmeCommand) string {
+func script(commands []shellCommands) string {
 	var b strings.Builder
 	b.WriteString("set -euo pipefail\n")
 	b.WriteString("end() { kill -9 $(jobs -p) $(cat haproxy.pid) || true; } 2>/dev/null\n")

@@ -181,7 +181,7 @@ func (s *settings) line(line string) error {
 		separator, form := name[i], strings.TrimSpace(name[i:])
 		name, value = name[:i], strings.TrimLeft(form, "=: \t")
 		if form[0] == '=' || strings.HasPrefix(form, ": ") || separator == ':' {
-			return fmt.Errorf("%q: want \"%s %s\", without = or :", line, name, value)
+			return fmt.Errorf("%q: want \"%s %s\", without = or colon", line, name, value)
 		}
 		value = form
 	}

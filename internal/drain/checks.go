@@ -1,12 +1,13 @@
 package drain
 
 import (
+	"hash/maphash"
 	"slices"
 	"time"
 )
 
 const (
-	maxHosts      = 256             // that are remembered
+	maxHosts      = 4096            // that are remembered
 	maxEngines    = 64              // of a host that are counted
 	keptGaps      = 8               // between health checks
 	missedFall    = 3               // refused health checks that take a server out: HAProxy's default
@@ -18,8 +19,11 @@ const (
 // wait until HAProxy has missed enough of them. Only those of a host that also
 // sends NOTIFYs count: a probe loses no request. The zero value is ready.
 type Checks struct {
-	hosts map[string]*checker
+	hosts  map[string]*checker
+	forgot bool
 }
+
+var engineSeed = maphash.MakeSeed()
 
 // checker is a host that sends health checks, or NOTIFYs.
 type checker struct {
@@ -27,7 +31,7 @@ type checker struct {
 	last     time.Duration // when its last health check came
 	checks   uint64
 	gaps     [keptGaps]time.Duration // between the last health checks
-	engines  map[string]bool         // engine-ids that have sent NOTIFYs
+	engines  map[uint64]bool         // hashes of the engine-ids, which may be long, that have sent NOTIFYs
 	notifies bool
 }
 
@@ -48,10 +52,10 @@ func (cs *Checks) Notified(host, engine string, now time.Duration) {
 	k := cs.host(host, now)
 	k.notifies = true
 	if k.engines == nil {
-		k.engines = make(map[string]bool)
+		k.engines = make(map[uint64]bool)
 	}
 	if len(k.engines) < maxEngines {
-		k.engines[engine] = true
+		k.engines[maphash.String(engineSeed, engine)] = true
 	}
 }
 
@@ -81,7 +85,12 @@ func (cs *Checks) forgetOldest() {
 		}
 	}
 	delete(cs.hosts, oldest)
+	cs.forgot = true
 }
+
+// Forgot reports whether a host was forgotten for want of room, so that one that
+// is not known may send health checks nevertheless.
+func (cs *Checks) Forgot() bool { return cs.forgot }
 
 // interval estimates the time between two health checks of one HAProxy backend.
 //

@@ -92,6 +92,9 @@ func TestHostsBounded(t *testing.T) {
 		if cs.Missed(host, at) == 0 {
 			t.Fatalf("want the health checks of host %d waited for", i)
 		}
+		if want := i >= maxHosts; want != cs.Forgot() {
+			t.Fatalf("after %d hosts: want one forgotten %v, have %v", i+1, want, cs.Forgot())
+		}
 	}
 	if len(cs.hosts) != maxHosts {
 		t.Errorf("want %d hosts, have %d", maxHosts, len(cs.hosts))

@@ -37,6 +37,8 @@
 //     connections that are ready are parted though others are not, some in each
 //     round, before the answers of the others are released. After twice as many
 //     rounds they need not be quiet: requests come whether or not others wait.
+//   - Few at a time: a look parts no more than perLook connections, since the end
+//     of thousands at once would delay the answers of the others.
 //   - Last: at Until every connection is parted, whatever is in flight.
 package drain
 
@@ -63,6 +65,7 @@ const (
 	patience   = 20                     // rounds before a host's connections are parted one without the others
 	boldAfter  = 30 * time.Millisecond  // of a hold: answers of the others must still be held
 	boldParts  = 10                     // a bold round parts one in so many of those with answers
+	perLook    = 128                    // connections parted by one look
 	idleLook   = 20 * time.Millisecond  // least time between two looks for idle connections
 	slowLook   = QuietTime / 4          // between looks at a connection with something in flight
 )
@@ -155,9 +158,13 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 // partIdle parts each connection that is idle.
 func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 	next = Never
+	parted := 0
 	for _, c := range conns {
 		switch {
 		case c.idle(now):
+			if parted++; parted > perLook {
+				return now + Tick(len(conns))
+			}
 			c.Verdict = Part
 		case c.Notifies != c.Answered:
 			next = min(next, now+slowLook)
@@ -197,14 +204,13 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 	case anyReady && all && enough:
 		part(now, conns)
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patience || h.Until > 0):
-		h.bold = true
-		h.partReady(conns)
+		h.bold = h.partReady(conns)
 	}
 	if now-h.began >= holdFor {
 		h.release(now, conns)
 		return h.retry
 	}
-	return now + tick(len(conns))
+	return now + Tick(len(conns))
 }
 
 // look holds back the connection's answers, if it does not yet, and judges
@@ -238,20 +244,23 @@ func (h *Host) asMany(n uint64) bool {
 }
 
 // part parts the ready connections that have no answers, or else one that has.
-// The others must be quiet anew.
+// Then the others must be quiet anew.
 func part(now time.Duration, conns []*Conn) {
 	var last *Conn
-	parted := false
+	parted := 0
 	for _, c := range conns {
 		switch {
 		case !c.ready:
 		case c.Answered == c.base:
-			c.Verdict, parted = Part, true
+			if parted++; parted > perLook {
+				return // the rest at the next look
+			}
+			c.Verdict = Part
 		default:
 			last = c
 		}
 	}
-	if !parted && last != nil {
+	if parted == 0 && last != nil {
 		last.Verdict = Part
 	}
 	for _, c := range conns {
@@ -260,23 +269,30 @@ func part(now time.Duration, conns []*Conn) {
 }
 
 // partReady parts the ready connections that have no answers, and some of those
-// that have: all of them when little time is left.
-func (h *Host) partReady(conns []*Conn) {
+// that have: all of them when little time is left. It reports whether that is
+// done.
+func (h *Host) partReady(conns []*Conn) (done bool) {
 	some := len(conns)
 	if h.Until == 0 {
 		some = 1 + len(conns)/boldParts
 	}
 	quiet := h.rounds < 2*patience
+	parted := 0
 	for _, c := range conns {
 		switch {
 		case !c.ready && (quiet || !c.settled):
-		case c.Answered == c.base:
-			c.Verdict = Part
-		case some > 0:
-			c.Verdict = Part
+			continue
+		case c.Answered != c.base && some == 0:
+			continue
+		case c.Answered != c.base:
 			some--
 		}
+		if parted++; parted > perLook {
+			return false
+		}
+		c.Verdict = Part
 	}
+	return true
 }
 
 // release ends the hold.
@@ -293,9 +309,9 @@ func (h *Host) release(now time.Duration, conns []*Conn) {
 	h.most[h.rounds%compared] = 0
 }
 
-// tick returns the time between two looks of a round at n connections: short
+// Tick returns the time between two looks of a round at n connections: short
 // for the answers' sake, long enough that looking costs little, and a fourth of
 // quiet at most.
-func tick(n int) time.Duration {
+func Tick(n int) time.Duration {
 	return min(max(time.Duration(n)*4*time.Microsecond, time.Millisecond), 4*time.Millisecond)
 }

@@ -66,7 +66,7 @@ func (b *bench) step() (verdicts []Verdict, next time.Duration) {
 		case Release, Part:
 			delete(b.held, c)
 		}
-		if held && b.now-since > holdFor+tick(len(b.conns)) {
+		if held && b.now-since > holdFor+Tick(len(b.conns)) {
 			b.t.Errorf("%v: held for %v, want %v at most", b.now-time.Hour, b.now-since, holdFor)
 		}
 		if c.Verdict == Part {
@@ -152,8 +152,40 @@ func TestIdleLooks(t *testing.T) {
 		b.now = next
 		looks++
 	}
-	if looks > 2 {
-		t.Errorf("want 2 looks at the most, have %d", looks)
+	if most := 1000/perLook + 2; looks > most {
+		t.Errorf("want %d looks at the most, have %d", most, looks)
+	}
+}
+
+// Thousands that could be parted at once are parted few at a time, whatever the
+// reason, and all of them soon.
+func TestFewAtATime(t *testing.T) {
+	const n = 10 * perLook
+	for name, tt := range map[string]struct {
+		host Host
+		look Look
+	}{
+		"idle":     {Host{}, idle},
+		"all idle": {Host{Rounds: true}, idle},
+		"together": {Host{Rounds: true}, used},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, tt.host)
+			for range n {
+				b.add(tt.look)
+			}
+			most, before := 0, 0
+			took := b.run(10*time.Second, func() {
+				most = max(most, len(b.ended)-before)
+				before = len(b.ended)
+			})
+			if most > perLook {
+				t.Errorf("want %d parted at a look at most, have %d", perLook, most)
+			}
+			if len(b.ended) < n || took > 4*(holdFor+pause)+n/perLook*Tick(n) {
+				t.Errorf("want all %d parted soon, have %d after %v", n, len(b.ended), took)
+			}
+		})
 	}
 }
 

@@ -42,7 +42,8 @@ func TestBehindHAProxy(t *testing.T) {
 		t.Fatal(err)
 	}
 	agent := newAgent(public, "issuer", "shop")
-	go agent.Serve(l)
+	served := make(chan error, 1)
+	go func() { served <- agent.Serve(l) }()
 	defer agent.Close()
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "hello %s, %q", r.Header.Get("X-Subject"), r.Header.Get("Authorization"))
@@ -112,6 +113,7 @@ func TestBehindHAProxy(t *testing.T) {
 		}
 	}
 	agent.Close() // without an agent nobody gets in
+	<-served
 	if status, _, err := ask(good); status != http.StatusServiceUnavailable || err != nil {
 		t.Errorf("no agent: want 503, have %d, error %v", status, err)
 	}

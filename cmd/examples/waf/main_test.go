@@ -24,7 +24,8 @@ func TestBehindHAProxy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go agent.Serve(l)
+	served := make(chan error, 1)
+	go func() { served <- agent.Serve(l) }()
 	defer agent.Close()
 	app := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
@@ -96,6 +97,7 @@ func TestBehindHAProxy(t *testing.T) {
 		}
 	}
 	agent.Close() // without an agent nothing passes
+	<-served
 	if status, _, err := ask("GET", "/", ""); status != http.StatusServiceUnavailable || err != nil {
 		t.Errorf("no agent: want 503, have %d, error %v", status, err)
 	}

@@ -136,7 +136,7 @@ func (s *settings) unknown(name string) error {
 	var all []string
 	s.flags.VisitAll(func(f *flag.Flag) { all = append(all, strings.TrimPrefix(envName(f.Name), envPrefix)) })
 	if near := nearest(strings.TrimPrefix(name, envPrefix), all); near != "" {
-		return fmt.Errorf("environment: no flag has the variable %s: want %s%s?", name, envPrefix, near)
+		return fmt.Errorf("environment: no flag has the variable %s: the nearest is %s%s", name, envPrefix, near)
 	}
 	s.notes = append(s.notes, fmt.Sprintf("environment: no flag has the variable %s, it is ignored", name))
 	return nil
@@ -209,7 +209,7 @@ func (s *settings) noFlag(name string) error {
 	var all []string
 	s.flags.VisitAll(func(f *flag.Flag) { all = append(all, f.Name) })
 	if near := nearest(name, all); near != "" {
-		return fmt.Errorf("no flag %q: want %s?", name, near)
+		return fmt.Errorf("no flag %q: the nearest is %s", name, near)
 	}
 	return fmt.Errorf("no flag %q", name)
 }

@@ -320,7 +320,8 @@ func TestSlow(t *testing.T) {
 	for range 10 {
 		wantState(t, atOnce(s, "203.0.113.9"), reputation.Pending)
 	}
-	if addr := netip.MustParseAddr("203.0.113.9"); s.begin(addr) != s.begin(addr) {
+	addr := netip.MustParseAddr("203.0.113.9")
+	if first, second := s.begin(addr), s.begin(addr); first != second {
 		t.Error("two that find no answer at the same time ask twice")
 	}
 	close(release)

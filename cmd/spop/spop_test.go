@@ -31,7 +31,11 @@ func TestMain(m *testing.M) {
 	}
 	spop = filepath.Join(dir, "spop")
 	status := 1
-	if out, err := exec.Command("go", "build", "-o", spop, ".").CombinedOutput(); err != nil {
+	build := []string{"build", "-o", spop}
+	if os.Getenv("GOCOVERDIR") != "" { // where the command then writes what was covered
+		build = append(build, "-cover")
+	}
+	if out, err := exec.Command("go", append(build, ".")...).CombinedOutput(); err != nil {
 		os.Stderr.Write(out)
 	} else {
 		status = m.Run()

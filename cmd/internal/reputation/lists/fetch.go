@@ -249,7 +249,6 @@ func (l *Lists) take(s *source, body spool, a answer, fetched time.Time) error {
 	func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		defer beginLoad()()
 		c, err := parse(body.reader(), s.File, s.allow, s.shown, body.size)
 		if r = l.accept(s, c, err, modified); r.err == nil {
 			s.origin.every = c.every

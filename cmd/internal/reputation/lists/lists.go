@@ -275,17 +275,6 @@ func (l *Lists) refused(s *source, err error) {
 	s.stats.Store(&stats)
 }
 
-// beginLoad has the collector keep up with what reading leaves behind, until the
-// function that it returns is called, so that a reload takes little more than the
-// new content. The caller must hold mu.
-func beginLoad() (end func()) {
-	percent := debug.SetGCPercent(20)
-	if percent < 20 {
-		debug.SetGCPercent(percent)
-	}
-	return func() { debug.SetGCPercent(percent) }
-}
-
 // manyEntries is how many make it worth while to return memory at once.
 const manyEntries = 1 << 16
 

@@ -154,9 +154,6 @@ func (l *Lists) loadFiles(ctx context.Context, due func(*source) bool) error {
 			if s.url() || s.read || !due(s) {
 				continue
 			}
-			if len(results) == 0 {
-				defer beginLoad()()
-			}
 			c, fi, err := l.readFile(ctx, s)
 			if ctx.Err() != nil {
 				results = append(results, result{source: s, err: ctx.Err()})

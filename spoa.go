@@ -484,19 +484,20 @@ func (d *drainer) run() {
 	a := d.agent
 	t := time.NewTimer(0)
 	defer t.Stop()
+	next := time.Duration(0) // when to look again anyway
 	for {
 		var now time.Duration
 		select {
 		case <-a.changed:
 			if now = a.workers.clock(); now < d.early && !d.urgent() {
-				t.Reset(d.early - now)
+				t.Reset(max(0, min(next, d.early)-now))
 				continue
 			}
 		case <-t.C:
 			now = a.workers.clock()
 		}
-		next, over := d.step(now)
-		if over {
+		var over bool
+		if next, over = d.step(now); over {
 			a.advance(closed)
 			close(a.done)
 			return

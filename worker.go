@@ -667,7 +667,7 @@ func (w *workers) returned(j *job, began time.Duration, err error) {
 	}
 }
 
-// hooked reports whether somebody wants to know how messages are dealt with.
+// hooked reports whether a hook wants to know how messages are dealt with.
 func (w *workers) hooked() bool { return w.hooks.Handled != nil || w.hooks.Message != nil }
 
 // handled reports how j's current message was dealt with.

@@ -61,7 +61,7 @@ const (
 	holdFor      = 50 * time.Millisecond  // longest time that an answer is held back
 	pause        = 100 * time.Millisecond // between the rounds of holding
 	quiet        = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
-	quietNew     = 40 * time.Millisecond  // likewise on a connection without a NOTIFY, which HAProxy opened to send one
+	quietNew     = 40 * time.Millisecond  // the same for a connection without a NOTIFY, which HAProxy opened to send one
 	quietLooks   = 5                      // looks in that time, since a process that has not run has seen nothing
 	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
 	compared     = 3                      // rounds whose waiting NOTIFYs are compared

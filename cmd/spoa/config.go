@@ -36,8 +36,8 @@ from 0 for the worst addresses to 100 for those on no list.
   -handler-timeout time
                 how long an answer may take before HAProxy gets one without a
                 verdict; 0 is for ever. Let it be HAProxy's timeout processing
-                (default 500ms and what -t waits, or 0 with nothing but lists,
-                which are never waited for)
+                (default 500ms and what -t waits, or 0 without -dnsbl and -t,
+                since nothing else is waited for)
   -f frames     close a connection after that many frames
 
   -reputation list[=score][,column=kind][,field=name][,accept=fault]
@@ -226,13 +226,13 @@ func (c *config) validate() error {
 // the 15 ms of HAProxy's own example would turn answers down that others wait for.
 const defaultTimeout = 500 * time.Millisecond
 
-// timeout returns how long an answer may take, 0 for ever. Lists never wait, and a
-// timeout costs half as much again as such an answer.
+// timeout returns how long an answer may take, 0 for ever. Only DNS block lists
+// wait, and a timeout costs half as much again as an answer that waits for nothing.
 func (c *config) timeout() time.Duration {
 	switch {
 	case c.handlerTimeout >= 0:
 		return c.handlerTimeout
-	case c.delay > 0 || c.sources.any():
+	case c.delay > 0 || len(c.sources.zones) > 0:
 		return defaultTimeout + time.Duration(c.delay)
 	}
 	return 0

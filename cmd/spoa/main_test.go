@@ -427,7 +427,7 @@ func TestHandlerTimeout(t *testing.T) {
 		t.Errorf("want txn.ip_fault timeout alone, have %v, %v", actions, err)
 	}
 	for args, want := range map[string]time.Duration{
-		"": 0, "-dnsbl bl.example.org": 500 * time.Millisecond, "-t 2s": 2500 * time.Millisecond, "-t 2s -handler-timeout 15ms": 15 * time.Millisecond, "-handler-timeout 0s": 0,
+		"": 0, "-crowdsec http://127.0.0.1:1 -crowdsec-key key -mmdb file": 0, "-dnsbl bl.example.org": 500 * time.Millisecond, "-t 2s": 2500 * time.Millisecond, "-t 2s -handler-timeout 15ms": 15 * time.Millisecond, "-handler-timeout 0s": 0,
 	} {
 		if c, err := parse(strings.Fields(args), nil); err != nil || c.timeout() != want {
 			t.Errorf("%q: want %v, have %v, %v", args, want, c.timeout(), err)

@@ -244,10 +244,16 @@ func (s *Source) pull(ctx context.Context, startup bool) (*table, error) {
 			t.remove(d)
 		}
 	})
-	if err != nil && body.N <= 0 {
-		err = fmt.Errorf("answer of more than %d bytes", maxBody)
+	switch {
+	case err != nil && body.N <= 0:
+		return nil, fmt.Errorf("answer of more than %d bytes", maxBody)
+	case err != nil:
+		return nil, err
 	}
-	return t, err
+	if t != old {
+		t.seal()
+	}
+	return t, nil
 }
 
 // refusal makes an error of an answer that is none.

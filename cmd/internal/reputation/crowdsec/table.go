@@ -10,6 +10,7 @@ import (
 
 	"github.com/gaissmai/bart"
 	"github.com/spoa-go/spoa/cmd/internal/reputation"
+	"github.com/spoa-go/spoa/cmd/internal/reputation/filter"
 )
 
 // maxFindings bounds the findings that decisions share.
@@ -18,6 +19,7 @@ const maxFindings = 10_000
 // table holds decisions. Once it is in force, it is only read.
 type table struct {
 	prefixes  *bart.Table[[]inForce]
+	filter    filter.Filter // of the IPv4 prefixes, once it is sealed
 	countries map[string][]inForce
 	systems   map[uint32][]inForce
 	ignored   int // decisions that make no sense here
@@ -34,9 +36,23 @@ func newTable() *table {
 	return &table{prefixes: new(bart.Table[[]inForce]), countries: map[string][]inForce{}, systems: map[uint32][]inForce{}}
 }
 
-// clone returns a copy. The slices are shared: they are replaced, not changed.
+// clone returns a copy, not sealed. The slices are shared: they are replaced, not
+// changed.
 func (t *table) clone() *table {
-	return &table{t.prefixes.Clone(), maps.Clone(t.countries), maps.Clone(t.systems), t.ignored}
+	return &table{prefixes: t.prefixes.Clone(), countries: maps.Clone(t.countries), systems: maps.Clone(t.systems), ignored: t.ignored}
+}
+
+// seal makes t ready to be read. It must not change afterwards.
+func (t *table) seal() {
+	t.filter = filter.New(t.prefixes.Size4())
+	for p := range t.prefixes.All4() {
+		t.filter.AddPrefix(p)
+	}
+}
+
+// has reports whether there is a decision on a prefix of an address.
+func (t *table) has(addr netip.Addr) bool {
+	return (!addr.Is4() || t.filter.HasAddr(addr)) && t.prefixes.Contains(addr)
 }
 
 // size returns the number of subjects that have decisions.
@@ -45,7 +61,7 @@ func (t *table) size() int { return t.prefixes.Size() + len(t.countries) + len(t
 // worst returns the worst finding of all decisions that apply to a subject and
 // are not over, or nil.
 func (t *table) worst(sub reputation.Subject, start time.Time) (f *reputation.Finding) {
-	here := t.prefixes.Contains(sub.Addr)
+	here := t.has(sub.Addr)
 	country, system := t.countries[sub.Country], t.systems[sub.ASN]
 	if !here && country == nil && system == nil {
 		return nil

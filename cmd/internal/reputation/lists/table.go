@@ -2,7 +2,10 @@ package lists
 
 import (
 	"encoding/binary"
+	"math"
 	"net/netip"
+
+	"github.com/spoa-go/spoa/cmd/internal/reputation/filter"
 )
 
 // State says how an address stands with the lists.
@@ -44,7 +47,7 @@ const (
 // each other make a run, and a lookup searches for the run of an address. A
 // single address among others of another verdict thus takes two runs, of 4 bytes
 // each in IPv4, where the upper half of an address is an index and need not be
-// kept, and of 18 in IPv6.
+// kept, and of 18 in IPv6. For IPv4 a filter comes first.
 type table struct {
 	verdicts []Verdict // by number; 0 is that of an address on no list
 	v4       table4
@@ -52,9 +55,10 @@ type table struct {
 }
 
 type table4 struct {
-	carry [1 << 16]uint16   // verdict at the begin of each /16
-	first [1<<16 + 1]uint32 // index of the first run that begins within each /16
-	runs  []uint32          // lower half of the first address, and the verdict
+	filter filter.Filter     // addresses that may have a verdict other than 0
+	carry  [1 << 16]uint16   // verdict at the begin of each /16
+	first  [1<<16 + 1]uint32 // index of the first run that begins within each /16
+	runs   []uint32          // lower half of the first address, and the verdict
 }
 
 type table6 struct {
@@ -76,19 +80,22 @@ func (t *table) lookup(addr netip.Addr) Verdict {
 }
 
 func (t *table4) lookup(addr uint32) uint16 {
-	key, from, to := addr<<16|0xffff, t.first[addr>>16], t.first[addr>>16+1]
-	begin := from
-	for from < to { // runs[:from] begin at addr or before, runs[to:] after
-		if mid := (from + to) / 2; t.runs[mid] <= key {
-			from = mid + 1
-		} else {
-			to = mid
-		}
+	if !t.filter.Has(addr) {
+		return 0
 	}
-	if from == begin {
+	key, runs := addr<<16|0xffff, t.runs[t.first[addr>>16]:t.first[addr>>16+1]]
+	if len(runs) == 0 || runs[0] > key {
 		return t.carry[addr>>16]
 	}
-	return uint16(t.runs[from-1])
+	from := 0
+	for n := len(runs); n > 1; { // runs[from] begins at addr or before, runs[from+n] after
+		half := n / 2
+		if runs[from+half] <= key {
+			from += half
+		}
+		n -= half
+	}
+	return uint16(runs[from])
 }
 
 func (t *table6) lookup(addr u128) uint16 {
@@ -142,14 +149,19 @@ func newTable(lists []ruler) *table {
 }
 
 func (t *table4) fill(lists []ruler, n int) {
-	t.runs = make([]uint32, 0, n)
+	t.runs, t.filter = make([]uint32, 0, n), filter.New(n/2)
 	last, at := uint16(0), 0 // the verdict of the last run, and the next /16 to be begun
+	since := uint32(0)       // its first address
 	begin := func(until int) {
 		for ; at < until; at++ {
 			t.carry[at], t.first[at] = last, uint32(len(t.runs))
 		}
 	}
 	merge(lists, 32, func(pos u128, id uint16) {
+		if last != 0 {
+			t.filter.Add(since, uint32(pos.lo)-1)
+		}
+		since = uint32(pos.lo)
 		begin(int(pos.lo >> 16))
 		if pos.lo&0xffff == 0 {
 			last = id
@@ -160,6 +172,9 @@ func (t *table4) fill(lists []ruler, n int) {
 		}
 		last = id
 	})
+	if last != 0 {
+		t.filter.Add(since, math.MaxUint32)
+	}
 	begin(len(t.carry))
 	t.first[len(t.carry)] = uint32(len(t.runs))
 }

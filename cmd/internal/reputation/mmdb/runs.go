@@ -14,15 +14,20 @@ type network struct {
 
 // runs are all addresses, divided where the place changes. A lookup is a search
 // for the last run that begins no later than the address, which for IPv4 an index
-// by the upper half of the address makes short. Walking the tree of the file bit by
-// bit takes several times as long.
+// by the upper half of the address makes short or spares. Walking the tree of the
+// file bit by bit takes several times as long.
 type runs struct {
-	v4      []run4
-	v4first [1<<16 + 1]uint32 // number of runs that begin before each /16
-	v6      []run6
+	blocks [1<<16 + 1]block4 // each /16, and one behind the last
+	v4     []run4            // without those that begin with a /16
+	v6     []run6
 }
 
 type run4 struct{ first, place uint32 }
+
+type block4 struct {
+	runs  uint32 // number of runs before it
+	place uint32 // of its first address
+}
 
 type run6 struct {
 	hi, lo uint64 // the first address
@@ -40,15 +45,27 @@ func newRuns(networks []network) *runs {
 			r.add6(n)
 		}
 	}
-	i := 0
-	for key := range r.v4first {
-		for i < len(r.v4) && uint64(r.v4[i].first) < uint64(key)<<16 {
-			i++
-		}
-		r.v4first[key] = uint32(i)
-	}
+	r.index()
 	r.v4, r.v6 = slices.Clip(r.v4), slices.Clip(r.v6)
 	return r
+}
+
+// index fills the blocks, and takes out the runs that begin with one.
+func (r *runs) index() {
+	inner := r.v4[:0]
+	i, place := 0, uint32(0)
+	for key := range r.blocks {
+		for ; i < len(r.v4) && uint64(r.v4[i].first) < uint64(key)<<16; i++ {
+			inner = append(inner, r.v4[i])
+			place = r.v4[i].place
+		}
+		if i < len(r.v4) && uint64(r.v4[i].first) == uint64(key)<<16 {
+			place = r.v4[i].place
+			i++
+		}
+		r.blocks[key] = block4{uint32(len(inner)), place}
+	}
+	r.v4 = inner
 }
 
 // add4 adds a network that begins after all others, and the run behind it. The
@@ -105,18 +122,20 @@ func (r *runs) lookup(addr netip.Addr) uint32 {
 }
 
 func (r *runs) lookup4(addr uint32) uint32 {
-	from, to := r.v4first[addr>>16], r.v4first[addr>>16+1]
-	for from < to { // runs[:from] begin no later than addr, runs[to:] after it
-		if mid := (from + to) / 2; r.v4[mid].first <= addr {
-			from = mid + 1
-		} else {
-			to = mid
+	block := r.blocks[addr>>16]
+	runs := r.v4[block.runs:r.blocks[addr>>16+1].runs]
+	if len(runs) == 0 || runs[0].first > addr {
+		return block.place
+	}
+	from := 0
+	for n := len(runs); n > 1; { // runs[from] begins no later than addr, runs[from+n] after it
+		half := n / 2
+		if runs[from+half].first <= addr {
+			from += half
 		}
+		n -= half
 	}
-	if from == 0 {
-		return 0
-	}
-	return r.v4[from-1].place
+	return runs[from].place
 }
 
 func (r *runs) lookup6(hi, lo uint64) uint32 {

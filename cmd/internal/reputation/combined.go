@@ -65,9 +65,11 @@ func (c *Combined) Judge(ctx context.Context, addr netip.Addr) Verdict {
 	v := Verdict{Subject: c.Locate(addr), Score: BestScore}
 	var pending uint64
 	for i, s := range c.sources {
-		if f := s.Judge(ended, v.Subject); f.State == Pending {
+		switch f := s.Judge(ended, v.Subject); f.State {
+		case NotListed: // as mostly
+		case Pending:
 			pending |= 1 << i
-		} else {
+		default:
 			c.add(&v, i, f)
 		}
 	}

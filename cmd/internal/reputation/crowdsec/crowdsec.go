@@ -107,7 +107,7 @@ func (s *Source) Judge(_ context.Context, sub reputation.Subject) reputation.Fin
 	if t == nil {
 		return reputation.Finding{Source: name, State: reputation.Unknown}
 	}
-	if f := t.worst(sub, s.start); f != nil {
+	if f := t.worst(&sub, s.start); f != nil {
 		return *f
 	}
 	if s.stale.Load() {

@@ -549,7 +549,7 @@ func FuzzDecode(f *testing.F) {
 					s.add(tab, d, 0)
 				}
 			})
-			tab.worst(reputation.Subject{Addr: netip.MustParseAddr("1.2.3.4"), Country: "CN", ASN: 1}, s.start)
+			tab.worst(&reputation.Subject{Addr: netip.MustParseAddr("1.2.3.4"), Country: "CN", ASN: 1}, s.start)
 		}
 	})
 }

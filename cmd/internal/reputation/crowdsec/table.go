@@ -44,7 +44,7 @@ func (t *table) clone() *table {
 
 // seal makes t ready to be read. It must not change afterwards.
 func (t *table) seal() {
-	t.filter = filter.New(t.prefixes.Size4())
+	t.filter = filter.New(16 * t.prefixes.Size4())
 	for p := range t.prefixes.All4() {
 		t.filter.AddPrefix(p)
 	}
@@ -60,7 +60,7 @@ func (t *table) size() int { return t.prefixes.Size() + len(t.countries) + len(t
 
 // worst returns the worst finding of all decisions that apply to a subject and
 // are not over, or nil.
-func (t *table) worst(sub reputation.Subject, start time.Time) (f *reputation.Finding) {
+func (t *table) worst(sub *reputation.Subject, start time.Time) (f *reputation.Finding) {
 	here := t.has(sub.Addr)
 	country, system := t.countries[sub.Country], t.systems[sub.ASN]
 	if !here && country == nil && system == nil {

@@ -9,12 +9,10 @@ import (
 	"net/netip"
 )
 
-// The size of a filter: as many blocks for each prefix as leave few of them
-// touched when prefixes are spread evenly, within bounds.
+// Bounds of a filter's size.
 const (
-	blocksPerPrefix = 16
-	minBits         = 9  // 64 bytes
-	maxBits         = 24 // 2 MB, a block for each /24
+	minBits = 9  // 64 bytes
+	maxBits = 24 // 2 MB, a block for each /24
 )
 
 // A Filter is a set of blocks of the IPv4 address space, all of one size. Once it
@@ -24,9 +22,11 @@ type Filter struct {
 	blocks []uint64
 }
 
-// New returns a filter of no block, for that many prefixes.
-func New(prefixes int) Filter {
-	n := min(max(bits.Len(uint(prefixes*blocksPerPrefix)), minBits), maxBits)
+// New returns an empty filter that divides the address space into about that many
+// blocks: several for each prefix to be added, so that addresses beside these are
+// seldom in the same block, but no more than the processor's caches have room for.
+func New(blocks int) Filter {
+	n := min(max(bits.Len(uint(blocks)), minBits), maxBits)
 	return Filter{uint8(32 - n), make([]uint64, 1<<(n-6))}
 }
 

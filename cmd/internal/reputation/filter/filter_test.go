@@ -11,7 +11,7 @@ import (
 func TestFilter(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for _, n := range []int{0, 1, 10, 1000, 100_000, 3_000_000} {
-		f := New(n)
+		f := New(16 * n)
 		if have := r.Uint32(); f.Has(have) {
 			t.Errorf("%d: want none, have %d", n, have)
 		}
@@ -45,7 +45,7 @@ func TestFilterPrefixes(t *testing.T) {
 		for bits := range 33 {
 			for _, addr := range []string{"0.0.0.0", "10.20.30.40", "255.255.255.255"} {
 				p := netip.PrefixFrom(netip.MustParseAddr(addr), bits)
-				f := New(size)
+				f := New(16 * size)
 				f.AddPrefix(p)
 				first := number(p.Masked().Addr())
 				last := first | uint32(uint64(1)<<(32-bits)-1)

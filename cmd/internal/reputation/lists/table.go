@@ -149,7 +149,7 @@ func newTable(lists []ruler) *table {
 }
 
 func (t *table4) fill(lists []ruler, n int) {
-	t.runs, t.filter = make([]uint32, 0, n), filter.New(n/2)
+	t.runs, t.filter = make([]uint32, 0, n), filter.New(2*n)
 	last, at := uint16(0), 0 // the verdict of the last run, and the next /16 to be begun
 	since := uint32(0)       // its first address
 	begin := func(until int) {

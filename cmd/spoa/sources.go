@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -130,8 +131,9 @@ type sources struct {
 	run       []func(context.Context) error // until their context ends
 	reload    []func() error                // which log their errors
 	first     []func(context.Context) error // to know something before the first address comes, which log their errors
-	places    bool                          // there is a database
-	decisions bool                          // there is a CrowdSec
+	places    []*mmdb.Database
+	decisions bool // there is a CrowdSec
+	zones     bool // there is a DNS block list
 }
 
 const (
@@ -183,7 +185,7 @@ func (s *sources) openPlaces(f *sourceFlags) (locators []reputation.Locator, all
 		}
 		locators = append(locators, d)
 		s.addFile(d.Watch, d.Reload)
-		s.places = true
+		s.places = append(s.places, d)
 	}
 	if len(f.countries) > 0 {
 		all = append(all, f.countries)
@@ -235,6 +237,7 @@ func (s *sources) openZones(f *sourceFlags) (all []reputation.Source, err error)
 		z := dnsbl.New(zone, r, s.logger)
 		s.run = append(s.run, z.Run)
 		all = append(all, z)
+		s.zones = true
 	}
 	return all, nil
 }
@@ -392,7 +395,8 @@ func (s *sources) scorer(judged func(source string, listed bool), denied func())
 }
 
 // explain sets the variables that say what a verdict rests on. What has no value
-// is unset: a session of several requests may have had one.
+// is unset, since a session of several requests may have had one, unless none of
+// the sources ever gives it one.
 func (s *sources) explain(v *reputation.Verdict, a *spoa.Actions) {
 	set := func(name, value string) {
 		if value == "" {
@@ -408,7 +412,9 @@ func (s *sources) explain(v *reputation.Verdict, a *spoa.Actions) {
 	set("ip_list", list)
 	set("ip_reason", v.Reason)
 	set("ip_sources", v.Sources)
-	set("ip_missing", v.Missing)
+	if s.decisions || s.zones {
+		set("ip_missing", v.Missing)
+	}
 	if s.decisions {
 		decision := v.Decision
 		if s.monitor {
@@ -416,10 +422,13 @@ func (s *sources) explain(v *reputation.Verdict, a *spoa.Actions) {
 		}
 		set("ip_decision", decision)
 	}
-	if !s.places {
+	if len(s.places) == 0 {
 		return
 	}
 	set("ip_country", v.Country)
+	if !slices.ContainsFunc(s.places, (*mmdb.Database).HasNetworks) {
+		return
+	}
 	set("ip_org", v.Org)
 	if v.ASN == 0 {
 		a.UnsetVar(spoa.ScopeSess, "ip_asn")

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -202,6 +203,39 @@ func TestSourceVariables(t *testing.T) {
 		if len(have) != len(want) {
 			t.Errorf("%s: want %v, have %v", addr, want, have)
 		}
+	}
+}
+
+// A variable that no source ever gives a value is not unset; one that had a value
+// before a reload is.
+func TestSourceVariablesOfCountriesAlone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "places.mmdb")
+	write := func(networks mmdbtest.Networks) { mmdbtest.Write(t, path, networks) }
+	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.Country("CH")})
+	c, err := parse([]string{"-mmdb", path, "-country", "CH=60"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.openSources(nil, log.NewNopLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := new(verdicts)
+	h := checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny))
+	want := map[string]string{"ip_score": "60", "ip_list": "country", "ip_reason": "country CH", "ip_sources": "country", "ip_country": "CH"}
+	if have := variables(t, h, "203.0.113.1"); !maps.Equal(want, have) {
+		t.Errorf("want %v, have %v", want, have)
+	}
+	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.ASN(64496, "Some Network")})
+	s.reloadAll()
+	if have := variables(t, h, "203.0.113.1")["ip_asn"]; have != "64496" {
+		t.Errorf("ip_asn: want 64496, have %q", have)
+	}
+	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.Country("CH")})
+	s.reloadAll()
+	want["ip_asn"], want["ip_org"] = "", ""
+	if have := variables(t, h, "203.0.113.1"); !maps.Equal(want, have) {
+		t.Errorf("want %v, have %v", want, have)
 	}
 }
 

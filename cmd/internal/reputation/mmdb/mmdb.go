@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,9 +28,10 @@ import (
 // What a file says is kept in another form, which is quicker to search; so a file
 // may also be written over in place.
 type Database struct {
-	path   string
-	logger log.Logger
-	data   atomic.Pointer[data]
+	path     string
+	logger   log.Logger
+	data     atomic.Pointer[data]
+	networks atomic.Bool // it has, or had, numbers of autonomous systems
 
 	mu      sync.Mutex  // one reload at a time; guards what follows
 	read    os.FileInfo // as it was when last read, successfully or not
@@ -71,6 +73,10 @@ func (d *Database) Locate(s reputation.Subject) reputation.Subject {
 	}
 	return s
 }
+
+// HasNetworks reports whether the file has, or has had before a reload, numbers of
+// autonomous systems.
+func (d *Database) HasNetworks() bool { return d.networks.Load() }
 
 func (d *data) lookup(addr netip.Addr) *place { return &d.places[d.runs.lookup(addr)] }
 
@@ -114,6 +120,9 @@ func (d *Database) load() error {
 		err = fmt.Errorf("%s: %w", d.path, err)
 		d.problem = err.Error()
 		return err
+	}
+	if slices.ContainsFunc(data.places, func(p place) bool { return p.asn != 0 }) {
+		d.networks.Store(true) // first: they are only set from now on
 	}
 	d.data.Store(data)
 	level.Info(d.logger).Log("msg", "database loaded", "file", d.path, "type", data.kind, "built", data.built.UTC().Format(time.DateOnly),

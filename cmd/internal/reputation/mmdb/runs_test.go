@@ -89,6 +89,13 @@ func TestRunsEdges(t *testing.T) {
 			}
 		}
 	}
+	// A place that goes on where a /16 begins.
+	r := newRuns([]network{{p("192.0.128.0/17"), 7}, {p("192.1.0.0/16"), 7}, {p("192.2.0.0/17"), 7}})
+	for addr, want := range map[string]uint32{"192.0.127.255": 0, "192.0.128.0": 7, "192.1.0.0": 7, "192.1.255.255": 7, "192.2.127.255": 7, "192.2.128.0": 0} {
+		if have := r.lookup(netip.MustParseAddr(addr)); have != want {
+			t.Errorf("%s: want %d, have %d", addr, want, have)
+		}
+	}
 	none := newRuns(nil)
 	for _, addr := range []netip.Addr{{}, netip.IPv6Unspecified(), netip.IPv4Unspecified()} {
 		if have := none.lookup(addr); have != 0 {

@@ -35,6 +35,12 @@ func cli(args ...string) (exit int, stdout, stderr string) {
 	return exit, out.String(), err.String()
 }
 
+// uncounted counts no verdict.
+type uncounted struct{}
+
+func (uncounted) Judged(string, bool) {}
+func (uncounted) WouldDeny()          {}
+
 // serveConfig runs the agent that the flags describe, and returns its address.
 func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	t.Helper()
@@ -42,7 +48,11 @@ func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent := newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{}, newScorer(nil, func(string, bool) {})), spoa.Hooks{})
+	j, err := c.judge.Open(t.Context(), logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := newAgent(c, logger, j.Handler(c.delay, uncounted{}), spoa.Hooks{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

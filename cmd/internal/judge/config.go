@@ -82,7 +82,7 @@ func (c *Config) Register(flags *flag.FlagSet) {
 // error.
 func (c *Config) Validate() (notes []string, err error) {
 	lists := len(c.Reputation)+len(c.Allow) > 0
-	switch judged := lists || c.Waits(); {
+	switch judged := lists || c.hasSources(); {
 	case c.Random != nil && *c.Random && judged:
 		return nil, errors.New("-random and lists or other sources: want one of them")
 	case c.Random != nil && !*c.Random && !judged:
@@ -136,9 +136,11 @@ func (c *Config) validateSources() error {
 	return nil
 }
 
-// Waits reports whether there is a source other than lists: then a verdict may
-// have to wait.
-func (c *Config) Waits() bool { return c.CrowdSec != "" || len(c.Zones)+len(c.Databases) > 0 }
+// Waits reports whether a verdict may have to wait. Lists never wait.
+func (c *Config) Waits() bool { return c.hasSources() }
+
+// hasSources reports whether there is a source other than lists.
+func (c *Config) hasSources() bool { return c.CrowdSec != "" || len(c.Zones)+len(c.Databases) > 0 }
 
 // readKey returns the key of CrowdSec's local API. The flag takes its value from
 // SPOA_CROWDSEC_KEY too, but that is not the name of a file.

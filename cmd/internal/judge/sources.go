@@ -33,10 +33,10 @@ const watchInterval = time.Second
 // openSources opens all sources. It returns nil if there are none but lists, and
 // they are not monitored.
 func (c *Config) openSources(l *lists.Lists, logger log.Logger) (*sources, error) {
-	if !c.Waits() && !c.Monitor && c.Replay == "" {
+	if !c.hasSources() && !c.Monitor && c.Replay == "" {
 		return nil, nil
 	}
-	if !c.Waits() && l == nil {
+	if !c.hasSources() && l == nil {
 		return nil, errors.New("-monitor and -replay need something to judge by: lists or other sources")
 	}
 	s := &sources{

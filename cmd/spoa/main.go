@@ -30,6 +30,7 @@ import (
 	"github.com/spoa-go/spoa/cmd/internal/judge"
 	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
@@ -73,8 +74,10 @@ func realMain(args []string, stdout, stderrFile io.Writer) int {
 	return 0
 }
 
-// oneLine is for errors that join several.
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+// oneLine returns an error, which may join several and name files, for terminals.
+func oneLine(err error) string {
+	return reputation.Printable(strings.ReplaceAll(err.Error(), "\n", "; "))
+}
 
 const (
 	message       = "check-client-ip"

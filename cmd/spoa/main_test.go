@@ -68,25 +68,37 @@ func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	return l.Addr().String()
 }
 
+// appendText appends a length as SPOP has it, and the text.
+func appendText(b []byte, s string) []byte {
+	n := len(s)
+	if n < 240 {
+		return append(append(b, byte(n)), s...)
+	}
+	b = append(b, byte(n)|240)
+	for n = (n - 240) >> 4; n >= 128; n = (n - 128) >> 7 {
+		b = append(b, byte(n)|128)
+	}
+	return append(append(b, byte(n)), s...)
+}
+
+// appendPair appends a name, and a string as its value.
+func appendPair(b []byte, name, value string) []byte {
+	return appendText(append(appendText(b, name), 8), value)
+}
+
 // hello says a HAPROXY-HELLO and returns the payload of the answer as text.
 func hello(t *testing.T, addr, capabilities, engineID string) (net.Conn, string) {
 	t.Helper()
-	str := func(b []byte, s string) []byte {
-		switch n := len(s); {
-		case n < 240:
-			b = append(b, byte(n))
-		case n < 240+16<<7:
-			b = append(b, byte(n)|240, byte((n-240)>>4))
-		default:
-			t.Fatal("too long")
-		}
-		return append(b, s...)
-	}
+	return helloOf(t, addr, "2.0", capabilities, engineID)
+}
+
+func helloOf(t *testing.T, addr, versions, capabilities, engineID string) (net.Conn, string) {
+	t.Helper()
 	b := []byte{1, 0, 0, 0, 1, 0, 0} // type, flags with FIN, no ids
-	b = str(append(str(b, "supported-versions"), 8), "2.0")
-	b = append(str(b, "max-frame-size"), 3, 0xfc, 0xf0, 0x06) // 16380
-	b = str(append(str(b, "capabilities"), 8), capabilities)
-	b = str(append(str(b, "engine-id"), 8), engineID)
+	b = appendPair(b, "supported-versions", versions)
+	b = append(appendText(b, "max-frame-size"), 3, 0xfc, 0xf0, 0x06) // 16380
+	b = appendPair(b, "capabilities", capabilities)
+	b = appendPair(b, "engine-id", engineID)
 	nc, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)

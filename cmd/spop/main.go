@@ -269,7 +269,7 @@ func check(ctx context.Context, args []string) error {
 	if h.Capabilities != nil {
 		capabilities = strings.Join(h.Capabilities, ",")
 	}
-	fmt.Printf("version %s\nmax-frame-size %d\ncapabilities %s\n", h.Version, h.MaxFrameSize, capabilities)
+	fmt.Printf("version %s\nmax-frame-size %d\ncapabilities %s\n", printable(h.Version), h.MaxFrameSize, printable(capabilities))
 	return nil
 }
 

@@ -92,7 +92,7 @@ func writeMatches(w io.Writer, matches []lists.Match) error {
 			score = "allow"
 		}
 		age := time.Since(m.Modified).Round(time.Second)
-		fmt.Fprintf(t, "%s\t%s\t%v\t%s\t%v\t%s\t%s\n", mark, m.List, m.Prefix, score, age, m.Note, m.File)
+		fmt.Fprintf(t, "%s\t%s\t%v\t%s\t%v\t%s\t%s\n", mark, m.List, m.Prefix, score, age, reputation.Printable(m.Note), m.File)
 	}
 	return t.Flush()
 }

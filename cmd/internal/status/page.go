@@ -169,7 +169,7 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 			Loaded: short(now.Sub(s.Loaded)), Age: short(now.Sub(s.Modified)), Reloads: s.Reloads, Failures: s.Failures,
 			Checked: checked(s, now), Problem: s.Problem, Warnings: s.Warnings,
 		}
-		if c := st.verdicts[s.Name]; c != nil && !s.Allow {
+		if c := st.listed(s.Name); c != nil && !s.Allow {
 			p.Verdicts = number(value(c))
 		}
 		d.Lists = append(d.Lists, p)

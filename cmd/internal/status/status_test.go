@@ -477,7 +477,7 @@ func TestOddNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	st := New(Config{Conns: noConns, Lists: l})
-	st.Judged("a\xff\xfe", true)
+	st.Judged(`a\xff\xfe`, true) // as lists call it
 	text := st.get(t, "/metrics")
 	if !utf8.ValidString(text) || strings.Count(text, "spoa_list_entries{") != len(block) {
 		t.Errorf("want metrics of %d lists in UTF-8, have %q", len(block), text)
@@ -493,6 +493,23 @@ func TestOddNames(t *testing.T) {
 	if a, b := label(strings.Repeat("x", 16000)), label(strings.Repeat("x", 16001)); a == b || len(a) > 2*maxLabel {
 		t.Errorf("want long labels short and different, have %q and %q", a, b)
 	}
+}
+
+// The files of a directory may have new names for ever.
+func TestListedBounded(t *testing.T) {
+	l, _ := openTestLists(t)
+	st := New(Config{Conns: noConns, Lists: l})
+	const odd = 50 // more than there is room for
+	for range 2 {
+		for i := range maxListed + odd - 2 { // two are there from the start
+			st.Judged(fmt.Sprintf("drop-%d", i), true)
+		}
+	}
+	text := st.get(t, "/metrics")
+	if n := strings.Count(text, `spoa_verdicts_total{`); n != maxListed+2 { // and one for others, and one for unlisted
+		t.Errorf("want %d counters, have %d", maxListed+2, n)
+	}
+	wantLines(t, text, `spoa_verdicts_total{list="drop-0",verdict="listed"} 2`, fmt.Sprintf(`spoa_verdicts_total{list="(other)",verdict="listed"} %d`, 2*odd))
 }
 
 func TestFormats(t *testing.T) {

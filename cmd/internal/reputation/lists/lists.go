@@ -19,6 +19,7 @@ import (
 
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 )
 
 // Options says which lists there are, and how they are kept up to date.
@@ -182,6 +183,7 @@ func newSource(f File, allow bool) *source {
 	if s.name = strings.TrimSuffix(strings.TrimSuffix(base, ".gz"), filepath.Ext(strings.TrimSuffix(base, ".gz"))); s.name == "" {
 		s.name = base
 	}
+	s.name, s.shown = reputation.Printable(s.name), reputation.Printable(s.shown) // both reach terminals and HTTP headers
 	s.stats.Store(&Stats{Name: s.name, File: s.shown, Allow: allow, URL: f.url()})
 	return s
 }

@@ -25,8 +25,9 @@
 //     QuietTime, or with as many NOTIFYs waiting as HAProxy allows itself
 //     (window), or without a new one for quiet and quietLooks looks.
 //   - Together: connections are parted only while all of the host are ready, and
-//     as many NOTIFYs wait as in the fullest of the last rounds. On a busy
-//     machine silence alone proves little: HAProxy may not have been scheduled.
+//     some NOTIFYs wait, as many as in the fullest of the last rounds, or all are
+//     idle for QuietTime. On a busy machine a shorter silence proves little:
+//     HAProxy may not have been scheduled.
 //   - One by one: those without answers are parted first. Then one that has
 //     answers: they leave in one Write with the AGENT-DISCONNECT, which HAProxy
 //     handles before it sends anything. Whoever these answers reach asks again,
@@ -133,11 +134,12 @@ type Host struct {
 	Until  time.Duration // everything is parted then; 0: no such time
 
 	holding bool
-	began   time.Duration // of the hold
-	bold    bool          // this hold has parted some that were ready
-	retry   time.Duration // when to hold again
-	rounds  int           // that are over
-	most    [compared]uint64
+	began   time.Duration    // of the hold
+	bold    bool             // this hold has parted some that were ready
+	retry   time.Duration    // when to hold again
+	rounds  int              // that are over
+	slot    int              // of most, for this round
+	most    [compared]uint64 // NOTIFYs that waited in this round and the last ones in which any did
 }
 
 // Step decides what is to be done with each of the host's connections. It
@@ -261,12 +263,12 @@ func (c *Conn) look(now time.Duration) {
 	c.ready = c.settled && isQuiet
 }
 
-// asMany reports whether n NOTIFYs waiting are as many as in any of the last
-// rounds.
+// asMany reports whether n NOTIFYs waiting are any, and as many as in each of the
+// last rounds.
 func (h *Host) asMany(n uint64) bool {
-	m := &h.most[h.rounds%compared]
+	m := &h.most[h.slot]
 	*m = max(*m, n)
-	return h.rounds >= compared-1 && n >= slices.Max(h.most[:])
+	return n > 0 && h.rounds >= compared-1 && n >= slices.Max(h.most[:])
 }
 
 // patienceWith returns the number of rounds before the host's n connections are
@@ -340,7 +342,10 @@ func (h *Host) release(now time.Duration, conns []*Conn) {
 	h.holding = false
 	h.retry = now + pause
 	h.rounds++
-	h.most[h.rounds%compared] = 0
+	if h.most[h.slot] > 0 {
+		h.slot = (h.slot + 1) % compared
+		h.most[h.slot] = 0
+	}
 }
 
 // Tick returns the time between two looks of a round at n connections: short

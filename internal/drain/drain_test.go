@@ -317,8 +317,43 @@ func TestReadyNew(t *testing.T) {
 // ever.
 func TestNeverUsed(t *testing.T) {
 	b := newBench(t, Host{Rounds: true}, fresh)
-	if took := b.run(10*time.Second, nil); took > compared*(holdFor+pause) {
-		t.Errorf("want it parted within %v, have %v", compared*(holdFor+pause), took)
+	if took := b.run(10*time.Second, nil); took > QuietTime+holdFor+pause {
+		t.Errorf("want it parted within %v, have %v", QuietTime+holdFor+pause, took)
+	}
+}
+
+// A HAProxy that falls silent may be waiting for the CPU: only QuietTime of
+// silence proves that it sends nothing.
+func TestSilence(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	if b.run(QuietTime-ms, nil); len(b.ended) > 0 {
+		t.Errorf("want none parted, have %d", len(b.ended))
+	}
+	if b.run(holdFor+pause, nil); len(b.ended) < 2 {
+		t.Errorf("want both parted, have %d", len(b.ended))
+	}
+}
+
+// Rounds in which nothing waited do not count as rounds to compare with.
+func TestSilentRounds(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	c := b.conns[0]
+	rounds := -1
+	traffic := func(n uint64) func() {
+		return func() {
+			if b.holding && b.rounds != rounds {
+				rounds = b.rounds
+				b.notify(c, n)
+			}
+		}
+	}
+	b.run(holdFor+pause, traffic(5))
+	b.run(compared*(holdFor+pause), nil)
+	if b.run(holdFor+pause, traffic(4)); len(b.ended) > 0 {
+		t.Errorf("4 wait, and 5 did in the last round with any: want none parted, have %d", len(b.ended))
+	}
+	if b.run(holdFor+pause, traffic(5)); len(b.ended) != 2 {
+		t.Errorf("5 wait: want both parted, have %d", len(b.ended))
 	}
 }
 

@@ -5,8 +5,10 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -42,14 +44,16 @@ func TestOddBytes(t *testing.T) {
 				writeFile(t, filepath.Join(directory, fileName(name)), fmt.Sprintf("192.0.2.%d ; %s\n", i, strings.ReplaceAll(name, "\n", "\v")))
 			}
 			addr := freeAddr(t, "127.0.0.1")
-			p := startProcess(t, asCommand(t, "-listen", addr, "-metrics", "unix:"+web, "-log-format", format, "-d", "-drain", "10ms", "-reputation", directory), syscall.SIGKILL)
+			p := startProcess(t, asCommand(t, "-listen", addr, "-metrics", "unix:"+web, "-log-format", format, "-d", "-drain", "10ms",
+				"-reputation", directory, "-reputation", chatty(t)), syscall.SIGKILL)
 			eventually(t, "an agent", func() bool { return spoa.Check(t.Context(), "tcp", addr) == nil })
 			provoke(t, addr)
 			// A list that comes late, and one that is refused.
 			writeFile(t, filepath.Join(directory, "late\n\xff"), "192.0.2.100\n")
 			writeFile(t, filepath.Join(directory, fileName(odd[0])), strings.Repeat("\x1b[31mx\xff \n", 10))
-			p.await(t, fmt.Sprintf(`(?s)(list loaded.*){%d}`, len(odd)+1))
+			p.await(t, fmt.Sprintf(`(?s)(list loaded.*){%d}`, len(odd)+2))
 			p.await(t, `list not reloaded`)
+			p.await(t, `Unsolicited response`) // which net/http says
 			client := unixClient(web)
 			checkVariables(t, addr)
 			checkMetrics(t, fetch(t, client, "/metrics"))
@@ -79,6 +83,24 @@ func TestOddBytes(t *testing.T) {
 func fileName(s string) string {
 	s = strings.NewReplacer("\x00", "", "/", "").Replace(s)
 	return s[:min(len(s), 255)]
+}
+
+// chatty is the URL of a list whose server says more than it was asked for.
+func chatty(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		nc, b, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer nc.Close()
+		b.WriteString("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n198.51.100.1\r\n\x1b[31mmore\n\xff")
+		b.Flush()
+		io.Copy(io.Discard, nc) // until the client closes
+	}))
+	t.Cleanup(server.Close)
+	return server.URL + "/chatty.txt"
 }
 
 // provoke names engines, versions and messages with odd bytes. The connections of
@@ -132,8 +154,8 @@ func checkMetrics(t *testing.T, text string) {
 		t.Errorf("want metrics, have %v", err)
 	}
 	lists := len(families["spoa_list_entries"].GetMetric())
-	if lists != len(odd)+1 {
-		t.Errorf("want metrics of %d lists, have %d", len(odd)+1, lists)
+	if lists != len(odd)+2 {
+		t.Errorf("want metrics of %d lists, have %d", len(odd)+2, lists)
 	}
 	messages := make(map[string]bool)
 	for _, m := range families["spoa_messages_total"].GetMetric() {

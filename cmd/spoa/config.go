@@ -13,10 +13,9 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/go-kit/log"
-	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/cmd/internal/judge"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/logging"
 	"github.com/spoa-go/spoa/cmd/internal/settings"
 )
 
@@ -134,17 +133,13 @@ func (c *config) timeout() time.Duration {
 	return 0
 }
 
-func (c *config) logger(w io.Writer) log.Logger {
-	w = log.NewSyncWriter(w)
-	logger := log.NewLogfmtLogger(w)
-	if c.logFormat == "json" {
-		logger = log.NewJSONLogger(w)
-	}
-	least := level.ParseDefault(c.logLevel, level.InfoValue())
+// format returns how to log.
+func (c *config) format() logging.Format {
+	f := logging.Format{JSON: c.logFormat == "json", Level: c.logLevel}
 	if c.debug {
-		least = level.DebugValue()
+		f.Level = "debug"
 	}
-	return level.NewFilter(log.With(logger, "ts", log.DefaultTimestampUTC), level.Allow(least))
+	return f
 }
 
 // loadTLS loads the certificates, and returns nil if there are none.

@@ -3,10 +3,8 @@
 package main
 
 import (
-	"bytes"
 	"flag"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -16,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/logging"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
@@ -231,22 +229,15 @@ func TestLookupAndReplay(t *testing.T) {
 	}
 }
 
-func TestLogger(t *testing.T) {
-	for _, tc := range []struct {
-		args, want string
-	}{
-		{"", `level=info msg=x addr=192.0.2.1:1`},
-		{"-log-level warn", ``},
-		{"-log-level warn -d", `level=info msg=x addr=192.0.2.1:1`},
+func TestLogFormat(t *testing.T) {
+	for args, want := range map[string]logging.Format{
+		"":                                 {Level: "info"},
+		"-log-level warn -log-format json": {Level: "warn", JSON: true},
+		"-log-level warn -d":               {Level: "debug"},
 	} {
-		c, err := parse(strings.Fields(tc.args), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var b bytes.Buffer
-		level.Info(c.logger(&b)).Log("msg", "x", "addr", net.TCPAddrFromAddrPort(netip.MustParseAddrPort("192.0.2.1:1")))
-		if !strings.Contains(b.String(), tc.want) || tc.want == "" && b.Len() > 0 {
-			t.Errorf("%s: want %q, have %q", tc.args, tc.want, b.String())
+		c, err := parse(strings.Fields(args), nil)
+		if err != nil || c.format() != want {
+			t.Errorf("%q: want %+v, have %+v, %v", args, want, c.format(), err)
 		}
 	}
 }

@@ -6,7 +6,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -30,6 +29,7 @@ import (
 	"github.com/spoa-go/spoa/cmd/internal/judge"
 	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/logging"
 	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
@@ -63,7 +63,7 @@ func realMain(args []string, stdout, stderrFile io.Writer) int {
 	case c.judge.LookUp != "":
 		err = c.judge.WriteLookUp(context.Background(), stdout)
 	case c.judge.Replay != "":
-		err = c.judge.WriteReplay(context.Background(), stdout, c.logger(stderr))
+		err = c.judge.WriteReplay(context.Background(), stdout, logging.New(stderr, c.format()))
 	default:
 		err = serve(c, stderr)
 	}
@@ -177,12 +177,7 @@ func serve(c *config, stderr *linewriter.Writer) error {
 	defer signal.Stop(hup)
 	defer signal.Stop(end)
 
-	logger := c.logger(stderr)
-	stderr.Notice(func(dropped uint64) []byte {
-		var b bytes.Buffer
-		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
-		return b.Bytes()
-	})
+	logger := logging.Open(stderr, c.format())
 	level.Debug(logger).Log("msg", "opening lists, certificates and sockets")
 	s, err := interrupt.Wait(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
 	switch {

@@ -5,10 +5,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -83,24 +81,6 @@ func TestOddBytes(t *testing.T) {
 func fileName(s string) string {
 	s = strings.NewReplacer("\x00", "", "/", "").Replace(s)
 	return s[:min(len(s), 255)]
-}
-
-// chatty is the URL of a list whose server says more than it was asked for.
-func chatty(t *testing.T) string {
-	t.Helper()
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		nc, b, err := w.(http.Hijacker).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer nc.Close()
-		b.WriteString("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n198.51.100.1\r\n\x1b[31mmore\n\xff")
-		b.Flush()
-		io.Copy(io.Discard, nc) // until the client closes
-	}))
-	t.Cleanup(server.Close)
-	return server.URL + "/chatty.txt"
 }
 
 // provoke names engines, versions and messages with odd bytes. The connections of

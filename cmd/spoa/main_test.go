@@ -11,12 +11,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -457,48 +460,35 @@ func TestHandlerTimeout(t *testing.T) {
 	}
 }
 
-// Whoever reads the log may end or stand still: answers go on, and so does the end.
+// Whoever reads the log may end or stand still, also while every frame is logged
+// and HAProxy asks on: answers go on, and so does the end.
 func TestLogReader(t *testing.T) {
 	for name, gone := range map[string]bool{"ends": true, "stands still": false} {
 		t.Run(name, func(t *testing.T) {
 			dir := shortTempDir(t)
-			sock := filepath.Join(dir, "s")
-			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer r.Close()
-			if gone {
-				r.Close()
-			}
-			cmd := asCommand(t, "-listen", "unix:"+sock, "-metrics", "unix:"+filepath.Join(dir, "m"), "-d", "-drain", "10ms")
-			cmd.Stderr = w
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			w.Close()
-			ended := make(chan error, 1)
-			go func() { ended <- cmd.Wait() }()
-			defer cmd.Process.Kill()
+			sock, web, list := filepath.Join(dir, "s"), filepath.Join(dir, "m"), filepath.Join(dir, "list")
+			writeFile(t, list, "192.0.2.1\n")
+			cmd, ended := startUnread(t, gone, "-listen", "unix:"+sock, "-metrics", "unix:"+web, "-d", "-log-level", "debug",
+				"-drain", "100ms", "-reputation", list, "-reputation", chatty(t))
 			eventually(t, "an agent", func() bool { return spoa.Check(t.Context(), "unix", sock) == nil })
-			c, err := spoa.Dial(t.Context(), "unix", sock)
-			if err != nil {
-				t.Fatal(err)
+			var answered atomic.Int64
+			var load sync.WaitGroup
+			for range 4 {
+				load.Go(func() { askOn(t, sock, &answered) })
 			}
-			defer c.Close()
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
-				spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
-			for range 1000 { // each is a line of 4 kB and more
-				if _, err := c.Notify(ctx, m); err != nil {
-					t.Fatal(err)
-				}
-			}
-			text := fetch(t, unixClient(filepath.Join(dir, "m")), "/metrics")
-			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(text) {
+			eventually(t, "answers", func() bool { return answered.Load() > 1000 }) // each is a line of 4 kB and more
+			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(fetch(t, unixClient(web), "/metrics")) {
 				t.Error("want lines dropped and counted")
 			}
+			writeFile(t, list, "192.0.2.1\n192.0.2.2\n")
+			if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the list", func() bool {
+				return strings.Contains(fetch(t, unixClient(web), "/metrics"), `kind="reputation",list="list"} 2`)
+			})
+			before := answered.Load()
+			eventually(t, "more answers", func() bool { return answered.Load() > before+1000 })
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
@@ -507,10 +497,72 @@ func TestLogReader(t *testing.T) {
 				if err != nil {
 					t.Errorf("want status 0, have %v", err)
 				}
-			case <-ctx.Done():
+			case <-time.After(patience):
 				t.Error("want the end after SIGTERM")
+				cmd.Process.Kill()
 			}
+			load.Wait()
 		})
+	}
+}
+
+// chatty is the URL of a list whose server says more than it was asked for.
+func chatty(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		nc, b, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer nc.Close()
+		b.WriteString("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n198.51.100.1\r\n\x1b[31mmore\n\xff")
+		b.Flush()
+		io.Copy(io.Discard, nc) // until the client closes
+	}))
+	t.Cleanup(server.Close)
+	return server.URL + "/chatty.txt"
+}
+
+// startUnread runs the command with a standard error that is closed, or that nobody
+// reads.
+func startUnread(t *testing.T, closed bool, args ...string) (cmd *exec.Cmd, ended <-chan error) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	t.Cleanup(func() { r.Close() })
+	if closed {
+		r.Close()
+	}
+	cmd = asCommand(t, args...)
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	t.Cleanup(func() { cmd.Process.Kill() })
+	return cmd, done
+}
+
+// askOn sends NOTIFYs until the agent closes the connection, and counts the answers.
+func askOn(t *testing.T, sock string, answered *atomic.Int64) {
+	c, err := spoa.Dial(t.Context(), "unix", sock)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer c.Close()
+	m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
+		spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
+	for {
+		if _, err := c.Notify(t.Context(), m); err != nil {
+			return
+		}
+		answered.Add(1)
 	}
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	_ "embed"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -35,9 +34,7 @@ type config struct {
 	judge          judge.Config
 	listen         listen.Addrs
 	unixMode       fs.FileMode
-	cert           string
-	key            string
-	clientCA       string
+	tls            listen.TLSFiles
 	metrics        listen.Addr
 	drain          time.Duration
 	logFormat      string
@@ -77,9 +74,7 @@ func (c *config) flags() *flag.FlagSet {
 	c.judge.Register(flags)
 	flags.Var(settings.Multi(&c.listen), "listen", "")
 	flags.Var(settings.FileMode(&c.unixMode), "unix-mode", "")
-	flags.StringVar(&c.cert, "tls-cert", "", "")
-	flags.StringVar(&c.key, "tls-key", "", "")
-	flags.StringVar(&c.clientCA, "tls-client-ca", "", "")
+	c.tls.Register(flags)
 	flags.Var(&c.metrics, "metrics", "")
 	flags.Var(settings.Period(&c.drain), "drain", "")
 	flags.Var(settings.Choice(&c.logFormat, "logfmt", "json"), "log-format", "")
@@ -103,13 +98,11 @@ func parse(args, environ []string) (*config, error) {
 	if settings.Given(flags, "p") && len(c.listen) > 0 {
 		notes = append(notes, "-p does not count, since -listen is given")
 	}
-	switch {
-	case (c.cert == "") != (c.key == ""):
-		return nil, errors.New("-tls-cert and -tls-key need each other")
-	case c.clientCA != "" && c.cert == "":
-		return nil, errors.New("-tls-client-ca needs -tls-cert")
-	case c.handlerTimeout > 0 && c.handlerTimeout < time.Millisecond:
-		return nil, fmt.Errorf("-handler-timeout %v: want 1ms or more, or 0 for ever", c.handlerTimeout)
+	if err := c.tls.Validate(); err != nil {
+		return nil, err
+	}
+	if d := c.handlerTimeout; d > 0 && d < time.Millisecond {
+		return nil, fmt.Errorf("-handler-timeout %v: want 1ms or more, or 0 for ever", d)
 	}
 	more, err := c.judge.Validate()
 	c.notes = append(notes, more...)
@@ -142,14 +135,6 @@ func (c *config) format() logging.Format {
 	return f
 }
 
-// loadTLS loads the certificates, and returns nil if there are none.
-func (c *config) loadTLS() (*listen.TLS, error) {
-	if c.cert == "" {
-		return nil, nil
-	}
-	return listen.LoadTLS(c.cert, c.key, c.clientCA)
-}
-
 // defaultAddr is where to listen if nothing else is said. SPOP knows no
 // authentication, so only this machine gets in.
 func (c *config) defaultAddr() listen.Addr {
@@ -162,7 +147,7 @@ func (c *config) tryOut(stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.loadTLS(); err != nil {
+	if _, err := c.tls.Load(); err != nil {
 		return err
 	}
 	addrs := append(listen.Addrs{}, c.listen...)

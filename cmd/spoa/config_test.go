@@ -159,7 +159,7 @@ d
 	want.debug, want.frame, want.workers, want.caps, want.delay = true, 500, 8, []string{"async", "fragmentation"}, 15*time.Millisecond
 	want.judge.Reputation = lists.Files{{Path: "drop.txt", Score: 20}}
 	want.listen = listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}
-	want.unixMode, want.cert, want.key, want.drain = 0o600, "cert.pem", "key.pem", 3*time.Second
+	want.unixMode, want.tls, want.drain = 0o600, listen.TLSFiles{Cert: "cert.pem", Key: "key.pem"}, 3*time.Second
 	if !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v", want, have)
 	}

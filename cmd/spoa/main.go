@@ -138,7 +138,7 @@ func newService(ctx context.Context, c *config, logger log.Logger, stderr *linew
 	if s.judge, err = c.judge.Open(ctx, logger); err != nil {
 		return nil, err
 	}
-	if s.tls, err = c.loadTLS(); err != nil {
+	if s.tls, err = c.tls.Load(); err != nil {
 		return nil, err
 	}
 	s.status = status.New(status.Config{

@@ -28,6 +28,9 @@
 //     some NOTIFYs wait, as many as in the fullest of the last rounds, or all are
 //     idle for QuietTime. On a busy machine a shorter silence proves little:
 //     HAProxy may not have been scheduled.
+//   - Full: a connection on which exactly window NOTIFYs wait is parted whatever
+//     the others do. HAProxy sends no more on it before it has the answers, which
+//     leave in one Write with the AGENT-DISCONNECT.
 //   - One by one: those without answers are parted first. Then one that has
 //     answers: they leave in one Write with the AGENT-DISCONNECT, which HAProxy
 //     handles before it sends anything. Whoever these answers reach asks again,
@@ -67,6 +70,7 @@ const (
 	quiet        = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
 	quietNew     = 40 * time.Millisecond  // the same for a connection without a NOTIFY, which HAProxy opened to send one
 	quietLooks   = 5                      // looks in that time, since a process that has not run has seen nothing
+	fullLooks    = 2                      // at a connection that is full before it is parted: it has no more than window
 	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
 	compared     = 3                      // rounds whose waiting NOTIFYs are compared
 	patience     = 20                     // rounds before a host's connections are parted one without the others,
@@ -229,6 +233,7 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 		still = still && c.idle(now)
 	}
 	switch enough := h.asMany(waiting) || full || still; {
+	case partFull(now, conns):
 	case anyReady && all && enough:
 		part(now, conns)
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patienceWith(len(conns)) || h.Until > 0):
@@ -280,6 +285,28 @@ func patienceWith(n int) int {
 	return patience
 }
 
+// partFull parts the connections on which as many NOTIFYs wait as HAProxy allows
+// itself, and reports whether there are any. Then the others must be quiet anew.
+func partFull(now time.Duration, conns []*Conn) bool {
+	parted := 0
+	for _, c := range conns {
+		if c.settled && c.held && c.Notifies-c.base == window && c.looks >= fullLooks && parted < perLook {
+			parted++
+			c.Verdict = Part
+		}
+	}
+	if parted > 0 {
+		quietAnew(now, conns)
+	}
+	return parted > 0
+}
+
+func quietAnew(now time.Duration, conns []*Conn) {
+	for _, c := range conns {
+		c.since, c.looks = now, 0
+	}
+}
+
 // part parts the ready connections that have no answers, or else one that has, a
 // few of many. Then the others must be quiet anew.
 func part(now time.Duration, conns []*Conn) {
@@ -299,36 +326,32 @@ func part(now time.Duration, conns []*Conn) {
 		}
 		conns[i].Verdict = Part
 	}
-	for _, c := range conns {
-		c.since, c.looks = now, 0
-	}
+	quietAnew(now, conns)
 }
 
-// partReady parts the ready connections that have no answers, and some of those
-// that have: all of them when little time is left. It reports whether that is
-// done.
+// partReady parts the ready connections that have no answers or, if there are
+// none, some of those that have: whoever these answers reach asks again, perhaps
+// on one of the former. When little time is left it parts all that are ready. It
+// reports whether that is done.
 func (h *Host) partReady(conns []*Conn) (done bool) {
-	some := len(conns)
-	if h.Until == 0 {
-		some = 1 + len(conns)/boldParts
-	}
 	quiet := h.rounds < 2*patienceWith(len(conns))
 	parted := 0
-	for _, c := range conns {
-		switch {
-		case !c.ready && (quiet || !c.settled):
-			continue
-		case c.Answered != c.base && some == 0:
-			continue
-		case c.Answered != c.base:
-			some--
+	partSome := func(answers bool, some int) {
+		for _, c := range conns {
+			if parted < some && (c.ready || !quiet && c.settled) && (c.Answered != c.base) == answers {
+				parted++
+				c.Verdict = Part
+			}
 		}
-		if parted++; parted > perLook {
-			return false
-		}
-		c.Verdict = Part
 	}
-	return true
+	partSome(false, perLook)
+	switch {
+	case h.Until > 0:
+		partSome(true, perLook)
+	case parted == 0:
+		partSome(true, min(perLook, 1+len(conns)/boldParts))
+	}
+	return parted < perLook
 }
 
 // release ends the hold.

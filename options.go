@@ -21,6 +21,7 @@ type options struct {
 	handlers       map[string]Handler
 	fallback       Handler
 	timeouts       map[string]time.Duration // of the messages that have one of their own
+	maxConcurrent  map[string]int           // of the messages that are bounded
 	middleware     []func(Handler) Handler
 	workers        int
 	pipelining     int
@@ -156,6 +157,25 @@ func Timeout(d time.Duration) HandlerOption {
 			o.timeouts = make(map[string]time.Duration)
 		}
 		o.timeouts[message] = o.timeout("Timeout", d, time.Millisecond)
+	}
+}
+
+// MaxConcurrent bounds how many handlers of one kind of message run at once: 1 or
+// more, and less than WithWorkers if it is slow and shall leave workers to others.
+// Beyond that NOTIFYs with such a message wait, in the order of their coming,
+// without keeping a worker, and others pass them. Each of them counts as one in
+// flight of WithPipelining, and waits for as long as a handler timeout lets it.
+//
+// A NOTIFY runs on one worker. With messages of several kinds it counts for each
+// of them until all are done, so that a quick message should not share its
+// spoe-group with a slow one. A handler that is late counts until it returns.
+func MaxConcurrent(n int) HandlerOption {
+	return func(o *options, message string) {
+		if o.maxConcurrent == nil {
+			o.maxConcurrent = make(map[string]int)
+		}
+		atLeast(o, "MaxConcurrent", n, 1)
+		o.maxConcurrent[message] = n
 	}
 }
 

@@ -53,6 +53,7 @@ func (w *workers) watch() {
 	w.watchMu.Unlock()
 	kept := w.looked[:0]
 	calls := uint64(0)
+	w.shedBounded(now)
 	for _, q := range w.looked {
 		active, n := q.look(now)
 		calls += n

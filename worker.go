@@ -125,16 +125,19 @@ type job struct {
 	work    func()        // bound once, so that `go j.work()` allocates nothing
 	message string        // the message that handler serves, cached: the next one mostly has the same name
 	handler Handler
-	size    int // bytes that it keeps in memory while it is with workers
+	size    int      // bytes that it keeps in memory while it is with workers
+	bounds  []*bound // of its messages
+	slots   int      // that it has: of so many bounds, the first
+
+	prev, next *job // in a list, guarded by the list's lock
 
 	// Guarded by queue.mu.
-	prev, next *job
-	ctx        *deadline // with a handler timeout, once handlers run
-	started    time.Duration
-	done       []byte // the actions of the messages already done
-	finished   bool   // all of them are
-	answered   bool   // by the watch; what the handlers still do is dropped
-	warned     bool   // of being slow
+	ctx      *deadline // with a handler timeout, once handlers run
+	started  time.Duration
+	done     []byte // the actions of the messages already done
+	finished bool   // all of them are
+	answered bool   // by the watch; what the handlers still do is dropped
+	warned   bool   // of being slow
 }
 
 const maxPooled = 32 << 10 // bytes of a buffer that is kept for later
@@ -168,10 +171,23 @@ func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 // decode decodes the payload of j's NOTIFY, which says how long it may take.
 func (j *job) decode(b []byte) error {
 	err := j.notify.decode(b)
-	if err == nil {
-		j.limit = j.queue.workers.limitOf(&j.notify)
+	if err != nil {
+		return err
 	}
-	return err
+	w := j.queue.workers
+	j.limit = w.limitOf(&j.notify)
+	if w.bounds != nil {
+		j.bounds = w.boundsOf(&j.notify, j.bounds[:0])
+	}
+	return nil
+}
+
+// trim drops the views, and a buffer that is too large to keep.
+func (j *job) trim() {
+	j.release()
+	if cap(j.buf) > maxPooled {
+		j.buf = nil
+	}
 }
 
 // shrink lets go of memory that is not used.
@@ -183,10 +199,7 @@ func (j *job) shrink() {
 // recycle returns j to the pool.
 func (j *job) recycle() {
 	w := j.queue.workers
-	j.release()
-	if cap(j.buf) > maxPooled {
-		j.buf = nil
-	}
+	j.trim()
 	if cap(j.actions.buf) > maxPooled {
 		j.actions.buf = nil
 	}
@@ -220,6 +233,30 @@ func (q *jobList) remove(j *job) {
 		q.tail = j.prev
 	}
 	j.prev, j.next = nil, nil
+}
+
+// next returns the job to be taken next. That is the oldest, until it has waited
+// for half of its handler timeout: then it is the newest, since in an overload the
+// oldest would be late anyway, and taking them in their order would make every one
+// late.
+func (q *jobList) next(now time.Duration) *job {
+	if j := q.head; j == nil || j.limit == 0 || now-j.arrived <= j.limit/2 {
+		return j
+	}
+	return q.tail
+}
+
+// shed removes and returns the jobs that have waited for too long.
+func (q *jobList) shed(now time.Duration) (shed []*job) {
+	for j := q.head; j != nil; {
+		next := j.next
+		if j.over(now) {
+			q.remove(j)
+			shed = append(shed, j)
+		}
+		j = next
+	}
+	return shed
 }
 
 // queue is a connection as the workers see it: its NOTIFYs that wait for a
@@ -294,6 +331,9 @@ type workers struct {
 	mu          sync.Mutex
 	first, last *queue // ring of the queues with jobs that wait, next first
 
+	bounds  map[string]*bound // by message; nil: none
+	boundMu sync.Mutex
+
 	watchMu  sync.Mutex
 	watched  []*queue // that have, or had a moment ago, handlers running
 	watching bool     // timer is to call watch, or has
@@ -305,7 +345,7 @@ type workers struct {
 }
 
 func newWorkers(o *options) *workers {
-	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool)}
+	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool), bounds: newBounds(o.maxConcurrent)}
 	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
@@ -407,9 +447,16 @@ func (w *workers) pushQueue(q *queue) {
 
 // spread gives j, which is decoded and owns its memory, to a worker now or later.
 func (w *workers) spread(j *job) {
-	q := j.queue
 	j.size = cap(j.buf)
-	q.box.Begin(j.size)
+	j.queue.box.Begin(j.size)
+	if w.enter(j) {
+		w.start(j)
+	}
+}
+
+// start gives j, which has its slots, to a worker as soon as there is a permit.
+func (w *workers) start(j *job) {
+	q := j.queue
 	now := w.acquire()
 	q.mu.Lock()
 	if now {
@@ -433,18 +480,13 @@ func (w *workers) spread(j *job) {
 }
 
 // dequeue takes the job to run next. Jobs that have waited for longer than the
-// handler timeout are answered instead. When the oldest has waited for half of
-// it, the newest is taken: in an overload the oldest would be late anyway, and
-// taking them in their order would make every one late.
+// handler timeout are answered instead.
 func (q *queue) dequeue() *job {
 	now := q.workers.clock()
 	q.mu.Lock()
 	shed := q.shed(now)
-	j := q.waiting.head
+	j := q.waiting.next(now)
 	if j != nil {
-		if j.limit > 0 && now-j.arrived > j.limit/2 {
-			j = q.waiting.tail
-		}
 		q.waiting.remove(j)
 		q.running.push(j)
 		j.started = now
@@ -462,22 +504,14 @@ func (q *queue) shed(now time.Duration) []*job {
 	if !q.workers.anyTimeout() {
 		return nil
 	}
-	var shed []*job
-	for j := q.waiting.head; j != nil; {
-		next := j.next
-		if j.over(now) {
-			q.waiting.remove(j)
-			shed = append(shed, j)
-		}
-		j = next
-	}
-	return shed
+	return q.waiting.shed(now)
 }
 
 // overloaded answers the jobs that shed returned.
 func (q *queue) overloaded(shed []*job) {
 	for _, j := range shed {
 		q.answer(j, nil, q.workers.faultActions[FaultOverload])
+		q.workers.leave(j)
 	}
 	q.box.Flush()
 	for _, j := range shed {
@@ -522,6 +556,7 @@ func (q *queue) complete(j *job) {
 	if !late {
 		q.answer(j, j.actions.buf, j.faulty)
 	}
+	w.leave(j)
 	j.recycle()
 	// Sending may block, so not while others wait for the permit.
 	w.release()

@@ -2,6 +2,7 @@ package spoa
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 )
@@ -21,8 +22,8 @@ func newBounds(limits map[string]int) map[string]*bound {
 		return nil
 	}
 	bounds := make(map[string]*bound, len(limits))
-	for message, n := range limits {
-		bounds[message] = &bound{order: len(bounds), free: n}
+	for order, message := range slices.Sorted(maps.Keys(limits)) {
+		bounds[message] = &bound{order: order, free: limits[message]}
 	}
 	return bounds
 }

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -71,6 +71,7 @@ func TestMaxConcurrent(t *testing.T) {
 // back however it ends.
 func TestMaxConcurrentOrder(t *testing.T) {
 	var called []string
+	var lines logLines
 	end := map[string]func() error{
 		"ok":     func() error { return nil },
 		"error":  func() error { return context.Canceled },
@@ -78,9 +79,9 @@ func TestMaxConcurrentOrder(t *testing.T) {
 		"goexit": func() error { runtime.Goexit(); return nil },
 	}
 	synctest.Test(t, func(t *testing.T) {
-		a, ln := startMem(t, WithHandlerFunc("one", func(_ context.Context, m *Message, _ *Actions) error {
+		a, ln := startMem(t, WithLogger(&lines), WithHandlerFunc("one", func(_ context.Context, m *Message, _ *Actions) error {
 			called = append(called, m.Value("s").String())
-			time.Sleep(time.Second)
+			time.Sleep(slowWarn * 9 / 10)
 			return end[m.Value("end").String()]()
 		}, MaxConcurrent(1)))
 		h := ln.greet(t)
@@ -99,6 +100,9 @@ func TestMaxConcurrentOrder(t *testing.T) {
 		if fmt.Sprint(want) != fmt.Sprint(called) {
 			t.Errorf("want calls %s, have %s", want, called)
 		}
+		if have := lines.with("slow handler"); len(have) > 0 {
+			t.Errorf("want no warning of the time that they waited, have %q", have)
+		}
 		wantAllSlots(t, a)
 	})
 }
@@ -106,20 +110,25 @@ func TestMaxConcurrentOrder(t *testing.T) {
 // A NOTIFY with messages of several kinds counts for each of them, whatever their
 // order in it, once for each kind, and none waits for another in a circle.
 func TestMaxConcurrentKinds(t *testing.T) {
-	var now, most [3]atomic.Int64
+	var mu sync.Mutex
+	var now, most [3]int
 	kind := func(i int) Option {
 		return WithHandlerFunc(string(rune('a'+i)), func(context.Context, *Message, *Actions) error {
-			n := now[i].Add(1)
-			most[i].Store(max(n, most[i].Load()))
+			mu.Lock()
+			now[i]++
+			most[i] = max(most[i], now[i])
+			mu.Unlock()
 			time.Sleep(10 * time.Millisecond)
-			now[i].Add(-1)
+			mu.Lock()
+			now[i]--
+			mu.Unlock()
 			return nil
 		}, MaxConcurrent(i+1))
 	}
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, kind(0), kind(1), kind(2))
 		hs := []*haproxy{ln.greet(t), ln.greet(t)}
-		groups := []string{"a", "ab", "ba", "abc", "cba", "bcb", "c", "aa", "cab"}
+		groups := []string{"a", "b", "c", "c", "ab", "ba", "abc", "cba", "bcb", "aa", "cab"}
 		for id, group := range groups {
 			var msgs []*Message
 			for _, name := range strings.Split(group, "") {
@@ -137,7 +146,7 @@ func TestMaxConcurrentKinds(t *testing.T) {
 			}
 		}
 		for i := range most {
-			if want, have := int64(i+1), most[i].Load(); want != have {
+			if want, have := i+1, most[i]; want != have {
 				t.Errorf("%c: want %d handlers at once, have %d", 'a'+i, want, have)
 			}
 		}
@@ -174,6 +183,9 @@ func TestMaxConcurrentTimeout(t *testing.T) {
 		h.send(notifyOf(1, 4, NewMessage("slow"), echoed("x")))
 		h.wantActions(1, 4, sets("fault", "overload"))
 		synctest.Wait() // for the hooks
+		if want, have := 2, a.workers.bounds["echo"].free; want != have {
+			t.Errorf("want the slot back that it had, %d free, have %d", want, have)
+		}
 		h.send(notifyOf(1, 5, echoed("y")))
 		h.wantActions(1, 5, sets("echo", "y"))
 		close(slow.open)

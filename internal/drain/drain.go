@@ -40,6 +40,9 @@
 //     connections that are ready are parted though others are not, some in each
 //     round, before the answers of the others are released. After twice as many
 //     rounds they need not be quiet: requests come whether or not others wait.
+//   - Thousands: of a host with more than a thousand connections those that are
+//     idle for QuietTime are parted first, between the holds. HAProxy hardly ever
+//     chooses one of them just then, and to hold all would delay many answers.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -71,7 +74,9 @@ const (
 	boldAfter    = 30 * time.Millisecond  // of a hold: answers of the others must still be held
 	boldParts    = 10                     // a bold round parts one in so many of those with answers
 	oneIn        = 32                     // of many with answers are parted together
-	perLook      = 256                    // connections parted by one look
+	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
+	perLook      = 64                     // connections parted by one look
+	perLastLook  = 256                    // the same from Until on
 	idleLook     = 20 * time.Millisecond  // least time between two looks for idle connections
 	slowLook     = QuietTime / 4          // between looks at a connection with something in flight
 )
@@ -147,7 +152,7 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 	}
 	switch {
 	case now >= last:
-		for _, c := range conns[:min(perLook, len(conns))] {
+		for _, c := range conns[:min(perLastLook, len(conns))] {
 			c.Verdict = Part
 		}
 		return now + Tick(len(conns))
@@ -155,6 +160,8 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		return min(h.From, last)
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
+	case len(conns) > thousand && !h.holding && partSome(now, conns):
+		return min(now+Tick(len(conns)), last)
 	case now < h.retry && h.Until == 0:
 		return h.retry
 	}
@@ -179,6 +186,19 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 		}
 	}
 	return max(next, now+idleLook)
+}
+
+// partSome parts the first connections that are idle, and reports whether there
+// are any.
+func partSome(now time.Duration, conns []*Conn) bool {
+	parted := 0
+	for _, c := range conns {
+		if parted < perLook && c.idle(now) {
+			parted++
+			c.Verdict = Part
+		}
+	}
+	return parted > 0
 }
 
 // round is one look of a round of holding.

@@ -160,15 +160,16 @@ func TestIdleLooks(t *testing.T) {
 // Thousands that could be parted at once are parted few at a time, whatever the
 // reason, and all of them soon.
 func TestFewAtATime(t *testing.T) {
-	const n = 10 * perLook
+	const n = 10 * perLastLook
 	for name, tt := range map[string]struct {
 		host Host
 		look Look
+		most int
 	}{
-		"idle":     {Host{}, idle},
-		"all idle": {Host{Rounds: true}, idle},
-		"together": {Host{Rounds: true}, used},
-		"last":     {Host{Until: 1}, busy},
+		"idle":     {Host{}, idle, perLook},
+		"all idle": {Host{Rounds: true}, idle, perLook},
+		"together": {Host{Rounds: true}, used, perLook},
+		"last":     {Host{Until: 1}, busy, perLastLook},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, tt.host)
@@ -180,13 +181,46 @@ func TestFewAtATime(t *testing.T) {
 				most = max(most, len(b.ended)-before)
 				before = len(b.ended)
 			})
-			if most > perLook {
-				t.Errorf("want %d parted at a look at most, have %d", perLook, most)
+			if most > tt.most {
+				t.Errorf("want %d parted at a look at most, have %d", tt.most, most)
 			}
-			if len(b.ended) < n || took > 4*(holdFor+pause)+n/perLook*Tick(n) {
+			if len(b.ended) < n || took > 20*(holdFor+pause) {
 				t.Errorf("want all %d parted soon, have %d after %v", n, len(b.ended), took)
 			}
 		})
+	}
+}
+
+// Of more than a thousand connections those that are idle are parted without a
+// hold, so that those in use are answered meanwhile.
+func TestThousands(t *testing.T) {
+	for n, want := range map[int]Verdict{thousand: Hold, thousand + 1: Part} {
+		b := newBench(t, Host{Rounds: true}, used, busy)
+		for range n - 2 {
+			b.add(idle)
+		}
+		verdicts, _ := b.step()
+		for i, v := range verdicts[:2+perLook] {
+			if inUse := i < 2; inUse && want == Part && v != Keep || (!inUse || want == Hold) && v != want {
+				t.Errorf("%d connections: want %v for those that are idle, have %v for number %d", n, want, v, i)
+			}
+		}
+	}
+}
+
+// Of many, some that have answers may be parted together, but only those that are
+// ready.
+func TestPartsOnlyReady(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used)
+	for range oneIn {
+		b.add(fresh)
+	}
+	c := b.conns[0]
+	b.step()
+	b.notify(c, window)
+	b.now += ms
+	if b.step(); !slices.Equal(b.ended, []*Conn{c}) {
+		t.Errorf("want the connection parted that has answers, have %d parted", len(b.ended))
 	}
 }
 

@@ -40,6 +40,7 @@ type options struct {
 	logger         log.Logger
 	debug          bool
 	hooks          Hooks
+	stats          bool
 	errs           []error
 }
 
@@ -556,6 +557,13 @@ func WithDebug(on bool) Option {
 // an earlier WithHooks.
 func WithHooks(h Hooks) Option {
 	return func(o *options) { o.hooks = h }
+}
+
+// WithStats makes the agent count what becomes of messages, for Agent.Stats. It is
+// off by default because each handler's call then costs two readings of the clock,
+// as it does with Hooks: about a tenth of a quick NOTIFY. It allocates nothing.
+func WithStats() Option {
+	return func(o *options) { o.stats = true }
 }
 
 // Hooks are called as things happen, to count them or to trace them. Each may be

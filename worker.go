@@ -89,13 +89,16 @@ const (
 
 var faultNames = [faultCount]string{"none", "error", "panic", "timeout", "overload", "no-handler"}
 
-// String returns error, panic, timeout, overload or no-handler.
+// String returns error, panic, timeout, overload or no-handler; for 0 none.
 func (f Fault) String() string {
 	if f < faultCount {
 		return faultNames[f]
 	}
 	return fmt.Sprintf("fault %d", uint8(f))
 }
+
+// MarshalText returns what String does, for logs and JSON.
+func (f Fault) MarshalText() ([]byte, error) { return []byte(f.String()), nil }
 
 // faultOf returns the fault of a handler that failed with err.
 func faultOf(err error) Fault {
@@ -321,6 +324,7 @@ type workers struct {
 	epoch    time.Time // the zero of clock
 	limit    limit.Limiter
 	inFlight outbox.Total
+	stats    stats // nil: not asked for
 
 	jobs    sync.Pool    // of *job
 	permits atomic.Int64 // handlers that may still be begun
@@ -346,6 +350,9 @@ type workers struct {
 
 func newWorkers(o *options) *workers {
 	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool), bounds: newBounds(o.maxConcurrent)}
+	if o.stats {
+		w.stats = newStats(o.handlers)
+	}
 	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
@@ -658,8 +665,9 @@ func (w *workers) message(ctx context.Context, j *job) {
 		return
 	}
 	var began time.Duration
-	if w.hooked() {
+	if w.observed() {
 		began = w.clock()
+		w.stats.called(m.name)
 	}
 	returned := false
 	defer func() {
@@ -697,16 +705,22 @@ func (w *workers) returned(j *job, began time.Duration, err error) {
 		f = faultOf(err)
 		w.failed(j, f, err)
 	}
-	if w.hooked() {
-		w.handled(j, w.clock()-began, err, f, late)
+	if w.observed() {
+		took := w.clock() - began
+		w.stats.returned(j.current.name, took, late)
+		w.handled(j, took, err, f, late)
 	}
 }
 
-// hooked reports whether a hook wants to know how messages are dealt with.
-func (w *workers) hooked() bool { return w.hooks.Handled != nil || w.hooks.Message != nil }
+// observed reports whether a hook or Agent.Stats needs to know how messages are
+// dealt with.
+func (w *workers) observed() bool {
+	return w.hooks.Handled != nil || w.hooks.Message != nil || w.stats != nil
+}
 
 // handled reports how j's current message was dealt with.
 func (w *workers) handled(j *job, took time.Duration, err error, f Fault, late bool) {
+	w.stats.handled(j.current.name, f)
 	if w.hooks.Handled != nil {
 		w.hooks.Handled(j.current.name, took, err)
 	}

@@ -560,8 +560,8 @@ func WithHooks(h Hooks) Option {
 }
 
 // WithStats makes the agent count what becomes of messages, for Agent.Stats. It is
-// off by default because each handler's call then costs two readings of the clock,
-// as it does with Hooks: about a tenth of a quick NOTIFY. It allocates nothing.
+// off by default because each call of a handler then reads the clock twice, as it
+// does with hooks, which a quick handler's NOTIFY feels. It allocates nothing.
 func WithStats() Option {
 	return func(o *options) { o.stats = true }
 }

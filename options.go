@@ -162,14 +162,13 @@ func Timeout(d time.Duration) HandlerOption {
 }
 
 // MaxConcurrent bounds how many handlers of one kind of message run at once: 1 or
-// more, and less than WithWorkers if it is slow and shall leave workers to others.
-// Beyond that NOTIFYs with such a message wait, in the order of their coming,
-// without keeping a worker, and others pass them. Each of them counts as one in
-// flight of WithPipelining, and waits for as long as a handler timeout lets it.
+// more. If it is less than WithWorkers, a slow kind leaves workers to the others.
+// NOTIFYs beyond it wait without a worker, and others pass them. Each counts as one
+// in flight of WithPipelining, and waits until its handler timeout, if there is one.
 //
 // A NOTIFY runs on one worker. With messages of several kinds it counts for each
-// of them until all are done, so that a quick message should not share its
-// spoe-group with a slow one. A handler that is late counts until it returns.
+// of them until all are done, so a quick message should not share its spoe-group
+// with a slow one. A handler that is late counts until it returns.
 func MaxConcurrent(n int) HandlerOption {
 	return func(o *options, message string) {
 		if o.maxConcurrent == nil {

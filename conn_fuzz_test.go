@@ -307,6 +307,8 @@ func play(t *testing.T, setup, step byte, said []byte) {
 		t.Fatalf("%q: want it closed and forgotten, have %d connections", said, n)
 	}
 	eventually(t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines })
+	a.workers.boundMu.Lock() // the race detector does not see that all goroutines have ended
+	defer a.workers.boundMu.Unlock()
 	for name, b := range a.workers.bounds {
 		if b.free != 1 || b.waiting.head != nil {
 			t.Fatalf("%q: %s: want one free slot and none who waits, have %d, %v", said, name, b.free, b.waiting.head)

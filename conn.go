@@ -535,6 +535,10 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	if err := j.decode(payload); err != nil {
 		return err
 	}
+	if len(j.bounds) > 0 { // it may have to wait
+		j.trim()
+		return rd.spread(payload, false)
+	}
 	if rd.batchStart == 0 { // the first call of a batch: time spent before it is not its own
 		rd.batchStart = c.workers.clock()
 	}
@@ -549,8 +553,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
 	if cap(j.buf) > maxPooled { // of a reassembled NOTIFY
-		j.release()
-		j.buf = nil
+		j.trim()
 	}
 	if c.pace.Slow() {
 		rd.endBatch()

@@ -46,8 +46,9 @@ var ErrAgentClosed = errors.New("spoa: agent closed")
 // methods may be called by several goroutines at once.
 //
 // Locks are taken in this order: Agent.mu, workers.watchMu, workers.mu,
-// queue.mu, outbox.Siblings.mu, outbox.Box.mu. None is held during a call of a
-// net.Conn, a Handler, a hook or the logger.
+// queue.mu, outbox.Siblings.mu, outbox.Box.mu; workers.boundMu and
+// workers.unknownMu alone. None is held during a call of a net.Conn, a Handler, a
+// hook or the logger.
 type Agent struct {
 	*options
 	err     error // of the options

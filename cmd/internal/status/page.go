@@ -138,7 +138,7 @@ func (d *pageData) addMessages(st *Status) {
 			continue
 		}
 		p := pageMessage{Name: mm.name, Total: number(total), Failed: number(failed)}
-		for o := outcomeError; o < outcomes; o++ {
+		for o := spoa.FaultError; o < outcomes; o++ {
 			if by[o] > 0 {
 				p.Outcomes = append(p.Outcomes, pageCount{outcomeNames[o], number(by[o])})
 			}

@@ -70,17 +70,10 @@ type messageMetrics struct {
 	now, peak float64 // messages in the last second, and in the busiest one
 }
 
-const (
-	outcomeOK = iota
-	outcomeError
-	outcomePanic
-	outcomeTimeout
-	outcomeOverload
-	outcomeNoHandler
-	outcomes
-)
-
+// outcomeNames are the labels of what becomes of a message, by its fault.
 var outcomeNames = [outcomes]string{"ok", "error", "panic", "timeout", "overload", "no_handler"}
+
+const outcomes = spoa.FaultNoHandler + 1
 
 // origin is why a connection ended, and who said so.
 type origin struct {
@@ -228,37 +221,19 @@ func (st *Status) Hooks() spoa.Hooks {
 	return spoa.Hooks{
 		ConnOpened: func(spoa.Peer) { st.opened.Inc() },
 		ConnClosed: st.connClosed,
-		Handled:    st.handled,
+		Message:    st.handled,
 	}
 }
 
-func (st *Status) handled(name string, took time.Duration, err error) {
-	mm, ok := st.messages[name]
+func (st *Status) handled(e spoa.MessageEvent) {
+	mm, ok := st.messages[e.Message]
 	if !ok {
 		mm = st.other
 	}
-	o := outcomeOf(err)
-	mm.count[o].Inc()
-	if o != outcomeOverload && o != outcomeNoHandler { // these were not called
-		mm.time.Observe(took.Seconds())
+	mm.count[e.Fault].Inc()
+	if e.Fault != spoa.FaultOverload && e.Fault != spoa.FaultNoHandler { // these were not called
+		mm.time.Observe(e.Took.Seconds())
 	}
-}
-
-func outcomeOf(err error) int {
-	switch {
-	case err == nil:
-		return outcomeOK
-	case errors.Is(err, spoa.ErrNoHandler):
-		return outcomeNoHandler
-	case errors.Is(err, spoa.ErrOverload):
-		return outcomeOverload
-	case errors.Is(err, context.DeadlineExceeded):
-		return outcomeTimeout
-	}
-	if _, ok := errors.AsType[*spoa.PanicError](err); ok {
-		return outcomePanic
-	}
-	return outcomeError
 }
 
 func (st *Status) connClosed(p spoa.Peer, err error) {
@@ -458,7 +433,7 @@ func (mm *messageMetrics) counts() (total, failed float64, by [outcomes]float64)
 		by[o] = value(c)
 		total += by[o]
 	}
-	return total, total - by[outcomeOK], by
+	return total, total - by[0], by
 }
 
 func value(c prometheus.Counter) float64 { return read(c).GetCounter().GetValue() }

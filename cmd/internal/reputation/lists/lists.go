@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -290,7 +289,7 @@ func (l *Lists) enforce(results []result) {
 		}
 	}
 	if entries >= manyEntries {
-		runtime.GC() // what was before goes before the new table comes
+		debug.FreeOSMemory() // what was before goes before the new table comes, whose place may be another
 	}
 	l.table.Store(newTable(rulers))
 	for _, r := range results {

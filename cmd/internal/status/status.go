@@ -353,8 +353,10 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		labels := []string{label(s.Name), label(s.File), listKind(s)}
 		send(entriesDesc, prometheus.GaugeValue, float64(s.Entries), labels...)
 		send(badDesc, prometheus.GaugeValue, float64(s.BadLines), labels...)
-		send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
-		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
+		if !s.Loaded.IsZero() { // a new file of a directory may never have been in force
+			send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
+			send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
+		}
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
 		collectList(s, labels, send)

@@ -619,6 +619,8 @@ func MustParseMessage(text string) *Message {
 	return m
 }
 
+var errArg = errors.New("want [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1")
+
 // cutArg takes an argument from the beginning of text.
 func cutArg(text string) (a Arg, rest string, err error) {
 	end := strings.IndexByte(text+" ", ' ')
@@ -627,11 +629,11 @@ func cutArg(text string) (a Arg, rest string, err error) {
 		a.Name, text = word[:i], text[i+1:]
 	}
 	kind, value, ok := strings.Cut(text, ":")
-	if colon := len(kind); !ok || colon > end { // the colon is another argument's
+	if colon := len(kind); !ok || kind == "null" || colon > end { // the colon is another argument's
 		if kind, rest, _ = strings.Cut(text, " "); kind == "null" {
 			return a, rest, nil
 		}
-		return a, "", fmt.Errorf("%q: want [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1", word)
+		return a, "", fmt.Errorf("%q: %w", word, errArg)
 	}
 	if quoted, err := strconv.QuotedPrefix(value); err == nil && quoted[0] == '"' {
 		rest = value[len(quoted):]
@@ -649,44 +651,56 @@ func cutArg(text string) (a Arg, rest string, err error) {
 }
 
 func parseValue(kind, text string) (Value, error) {
-	var v Value
-	var err error
 	switch kind {
 	case "bool":
-		v = Bool(text == "true")
 		if text != "true" && text != "false" {
-			err = errors.New("want true or false")
+			return Value{}, errors.New("want true or false")
 		}
-	case "int", "int64", "int32":
-		var i int64
-		i, err = strconv.ParseInt(text, 10, 64)
-		v = Int64(i)
-		if kind == "int32" {
-			i, err = strconv.ParseInt(text, 10, 32)
-			v = Int32(int32(i))
-		}
+		return Bool(text == "true"), nil
+	case "int", "int64":
+		i, err := parseInt(text, 64)
+		return Int64(i), err
+	case "int32":
+		i, err := parseInt(text, 32)
+		return Int32(int32(i)), err
 	case "uint32":
-		var u uint64
-		u, err = strconv.ParseUint(text, 10, 32)
-		v = Uint32(uint32(u))
+		u, err := parseUint(text, 32)
+		return Uint32(uint32(u)), err
 	case "uint64":
-		var u uint64
-		u, err = strconv.ParseUint(text, 10, 64)
-		v = Uint64(u)
+		u, err := parseUint(text, 64)
+		return Uint64(u), err
 	case "ip":
-		if v = parseAddr(text); v.kind == KindNull {
-			err = errors.New("want an address, such as 192.0.2.1 or 2001:db8::1")
+		v := parseAddr(text)
+		if v.kind == KindNull {
+			return v, errors.New("want an address, such as 192.0.2.1 or 2001:db8::1")
 		}
+		return v, nil
 	case "str":
-		v = String(text)
+		return String(text), nil
 	case "bin":
-		v = Binary([]byte(text))
+		return Binary([]byte(text)), nil
 	case "hex":
-		var b []byte
-		b, err = hex.DecodeString(text)
-		v = Binary(b)
-	default:
-		err = fmt.Errorf("no type %q: want null, bool, int, int32, int64, uint32, uint64, ip, str, bin or hex", kind)
+		b, err := hex.DecodeString(text)
+		if err != nil {
+			return Value{}, errors.New("want an even number of hexadecimal digits, such as 00ff")
+		}
+		return Binary(b), nil
 	}
-	return v, err
+	return Value{}, fmt.Errorf("no type %q: want null, bool, int, int32, int64, uint32, uint64, ip, str, bin or hex", kind)
+}
+
+func parseInt(text string, bits int) (int64, error) {
+	i, err := strconv.ParseInt(text, 10, bits)
+	if err != nil {
+		err = fmt.Errorf("want an integer from -2^%d to 2^%d-1", bits-1, bits-1)
+	}
+	return i, err
+}
+
+func parseUint(text string, bits int) (uint64, error) {
+	u, err := strconv.ParseUint(text, 10, bits)
+	if err != nil {
+		err = fmt.Errorf("want an integer from 0 to 2^%d-1", bits)
+	}
+	return u, err
 }

@@ -108,20 +108,19 @@ func (c *conn) look(seen drain.Look) drain.Look {
 	}
 }
 
-// part ends the connection for the drain, which saw it as seen. If all has an
-// answer, the AGENT-DISCONNECT leaves in one Write with those held back. It
-// reports false if there is a new NOTIFY; with force the reader then ends the
-// connection after the answers. It does not block.
+// part ends the connection for the drain, which saw it as seen. The reader sends
+// the AGENT-DISCONNECT in one Write with the answers held back, and with those to
+// what it has read meanwhile. With force part does so though a NOTIFY has no
+// answer yet; otherwise it then reports false. It does not block.
 func (c *conn) part(seen drain.Look, force bool) bool {
-	bye := appendDisconnect(nil, frameAgentDisconnect, StatusNormal, endStopping.message)
-	if seen.Agreed && !c.box.Part(bye, seen.Notifies, &c.notifies) {
+	if seen.Agreed && !c.box.Part(seen.Notifies, &c.notifies) {
 		if !force {
 			return false
 		}
-		c.box.Release() // the reader may wait until less is unsent
+		c.box.Release()  // the reader may wait until less is unsent
+		go c.box.Flush() // it blocks if the peer does not read
 	}
 	c.leave()
-	go c.box.Flush() // it blocks if the peer does not read
 	return true
 }
 
@@ -536,6 +535,10 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	if err := j.decode(payload); err != nil {
 		return err
 	}
+	if len(j.bounds) > 0 { // it may have to wait
+		j.trim()
+		return rd.spread(payload, false)
+	}
 	if rd.batchStart == 0 { // the first call of a batch: time spent before it is not its own
 		rd.batchStart = c.workers.clock()
 	}
@@ -550,8 +553,7 @@ func (rd *reader) notify(payload []byte, reassembled bool) error {
 	rd.out = appendAck(rd.out, flagFIN, j.ids, j.beside(j.actions.buf, j.faulty), j.faulty)
 	rd.acks++
 	if cap(j.buf) > maxPooled { // of a reassembled NOTIFY
-		j.release()
-		j.buf = nil
+		j.trim()
 	}
 	if c.pace.Slow() {
 		rd.endBatch()
@@ -655,9 +657,7 @@ func (rd *reader) flush() {
 }
 
 // waitForRoom waits until another NOTIFY may be in flight. It fails if no answer
-// can be sent any more, unless siblings can carry it; those held back, with
-// which the drain has parted the connection in this moment, are sent all the
-// same.
+// can be sent any more, unless siblings can carry it.
 func (rd *reader) waitForRoom() error {
 	c := rd.conn
 	room, open := c.box.Room()

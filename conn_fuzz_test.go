@@ -284,6 +284,13 @@ func play(t *testing.T, setup, step byte, said []byte) {
 	if setup&16 != 0 {
 		opts = append(opts, WithWorkers(1))
 	}
+	if setup&32 != 0 {
+		opts = append(opts, WithStats(), func(o *options) {
+			for _, name := range []string{"panic", "exit", "stall", "number"} {
+				MaxConcurrent(1)(o, name)
+			}
+		})
+	}
 	want.run(said)
 
 	goroutines := runtime.NumGoroutine()
@@ -300,6 +307,18 @@ func play(t *testing.T, setup, step byte, said []byte) {
 		t.Fatalf("%q: want it closed and forgotten, have %d connections", said, n)
 	}
 	eventually(t, "no goroutine left", func() bool { return runtime.NumGoroutine() <= goroutines })
+	a.workers.boundMu.Lock() // the race detector does not see that all goroutines have ended
+	defer a.workers.boundMu.Unlock()
+	for name, b := range a.workers.bounds {
+		if b.free != 1 || b.waiting.head != nil {
+			t.Fatalf("%q: %s: want one free slot and none who waits, have %d, %v", said, name, b.free, b.waiting.head)
+		}
+	}
+	for _, s := range a.Stats() {
+		if s.Running != 0 {
+			t.Fatalf("%q: %s: want no handler that runs, have %d", said, s.Message, s.Running)
+		}
+	}
 
 	have := talk{}
 	hello := 0
@@ -372,7 +391,7 @@ func conversations(t testing.TB) (list [][]byte) {
 
 func TestConversations(t *testing.T) {
 	for _, said := range conversations(t) {
-		for setup := range byte(32) {
+		for setup := range byte(64) {
 			play(t, setup, []byte{0, 6, 255}[setup%3], said)
 		}
 	}

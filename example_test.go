@@ -234,6 +234,39 @@ func ExampleHooks() {
 	// check-client-ip: fault error, error check-client-ip: want an address, have null
 }
 
+// Stats are figures of each message, without hooks and maps of one's own. With
+// package expvar, /debug/vars shows them:
+//
+//	expvar.Publish("spoa", expvar.Func(func() any { return agent.Stats() }))
+func ExampleAgent_Stats() {
+	agent := spoa.New(
+		spoa.WithHandlerFunc("check-client-ip", checkClientIP),
+		spoa.WithStats(),
+		spoa.WithSlog(slog.New(slog.DiscardHandler)),
+	)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	go agent.Serve(ln)
+	defer agent.Close()
+	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer client.Close()
+	client.Notify(context.Background(),
+		spoa.MustParseMessage("check-client-ip ip:192.0.2.1"), spoa.MustParseMessage("check-client-ip null"), spoa.MustParseMessage("invented"))
+	for _, s := range agent.Stats() {
+		fmt.Printf("%q: %d answered, %d failed, %d unknown\n", s.Message, s.Count[0], s.Count[spoa.FaultError], s.Count[spoa.FaultNoHandler])
+	}
+	// Output:
+	// "": 0 answered, 0 failed, 1 unknown
+	// "check-client-ip": 1 answered, 1 failed, 0 unknown
+}
+
 // Without a group, a program ends its agent as it ends an http.Server.
 func ExampleAgent_Shutdown() {
 	agent := spoa.New(spoa.WithHandlerFunc("check-client-ip", checkClientIP))

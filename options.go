@@ -21,6 +21,7 @@ type options struct {
 	handlers       map[string]Handler
 	fallback       Handler
 	timeouts       map[string]time.Duration // of the messages that have one of their own
+	maxConcurrent  map[string]int           // of the messages that are bounded
 	middleware     []func(Handler) Handler
 	workers        int
 	pipelining     int
@@ -39,6 +40,7 @@ type options struct {
 	logger         log.Logger
 	debug          bool
 	hooks          Hooks
+	stats          bool
 	errs           []error
 }
 
@@ -156,6 +158,24 @@ func Timeout(d time.Duration) HandlerOption {
 			o.timeouts = make(map[string]time.Duration)
 		}
 		o.timeouts[message] = o.timeout("Timeout", d, time.Millisecond)
+	}
+}
+
+// MaxConcurrent bounds how many handlers of one kind of message run at once: 1 or
+// more. If it is less than WithWorkers, a slow kind leaves workers to the others.
+// NOTIFYs beyond it wait without a worker, and others pass them. Each counts as one
+// in flight of WithPipelining, and waits until its handler timeout, if there is one.
+//
+// A NOTIFY runs on one worker. With messages of several kinds it counts for each
+// of them until all are done, so a quick message should not share its spoe-group
+// with a slow one. A handler that is late counts until it returns.
+func MaxConcurrent(n int) HandlerOption {
+	return func(o *options, message string) {
+		if o.maxConcurrent == nil {
+			o.maxConcurrent = make(map[string]int)
+		}
+		atLeast(o, "MaxConcurrent", n, 1)
+		o.maxConcurrent[message] = n
 	}
 }
 
@@ -536,6 +556,13 @@ func WithDebug(on bool) Option {
 // an earlier WithHooks.
 func WithHooks(h Hooks) Option {
 	return func(o *options) { o.hooks = h }
+}
+
+// WithStats makes the agent count what becomes of messages, for Agent.Stats. It is
+// off by default because each call of a handler then reads the clock twice, as it
+// does with hooks, which a quick handler's NOTIFY feels. It allocates nothing.
+func WithStats() Option {
+	return func(o *options) { o.stats = true }
 }
 
 // Hooks are called as things happen, to count them or to trace them. Each may be

@@ -74,6 +74,7 @@ func TestBadOptions(t *testing.T) {
 		{"WithMiddleware", WithMiddleware(nil)},
 		{"WithHandler(\"option\")", WithHandler("option", h, nil)},
 		{"Timeout(0s)", WithHandler("timeout", h, Timeout(0))},
+		{"MaxConcurrent(0)", WithHandler("bounded", h, MaxConcurrent(0))},
 		{"WithLogger", WithLogger(nil)},
 		{"WithSlog", WithSlog(nil)},
 		{"option 1 is nil", nil},

@@ -505,6 +505,11 @@ func TestWorkersAllocs(t *testing.T) {
 	}{
 		{"plain", nil, 0},
 		{"hooks", []Option{hooks}, 0},
+		{"stats", []Option{WithStats()}, 0},
+		{"bounded", []Option{func(o *options) {
+			MaxConcurrent(8)(o, "check-client-ip")
+			MaxConcurrent(8)(o, "check-request")
+		}}, 0},
 		{"timeout", []Option{WithHandlerTimeout(time.Minute), hooks}, 1},
 	} {
 		for _, msg := range []*Message{ipMessage, eightStrings} {

@@ -44,8 +44,8 @@ func TestServeWaitsForConnClosed(t *testing.T) {
 	}
 }
 
-// A NOTIFY that comes in the moment in which its connection is parted costs no
-// answer that was held back.
+// A NOTIFY that the reader takes in the moment in which its connection is parted
+// is answered, in one Write with what was held back and the end.
 func TestPartedBesideNotify(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, ln := startMem(t, withNumbered())
@@ -55,12 +55,14 @@ func TestPartedBesideNotify(t *testing.T) {
 		h.send(notifyFrame(1, 1))
 		h.wantNothing()
 		// The first half of conn.part: the reader comes before the second.
-		bye := appendDisconnect(nil, frameAgentDisconnect, StatusNormal, endStopping.message)
-		if !c.box.Part(bye, 1, &c.notifies) {
-			t.Fatal("want the outbox closed")
+		if !c.box.Part(1, &c.notifies) {
+			t.Fatal("want it parted")
 		}
 		h.send(notifyFrame(2, 2))
+		h.wantNothing()
+		c.leave()
 		h.wantAck(1, 1)
+		h.wantAck(2, 2)
 		h.wantEnd(StatusNormal)
 	})
 }

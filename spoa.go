@@ -46,8 +46,9 @@ var ErrAgentClosed = errors.New("spoa: agent closed")
 // methods may be called by several goroutines at once.
 //
 // Locks are taken in this order: Agent.mu, workers.watchMu, workers.mu,
-// queue.mu, outbox.Siblings.mu, outbox.Box.mu. None is held during a call of a
-// net.Conn, a Handler, a hook or the logger.
+// queue.mu, outbox.Siblings.mu, outbox.Box.mu; workers.boundMu and
+// workers.unknownMu alone. None is held during a call of a net.Conn, a Handler, a
+// hook or the logger.
 type Agent struct {
 	*options
 	err     error // of the options
@@ -303,8 +304,10 @@ func isAck(frame []byte) bool { return frame[lengthSize] == frameAck }
 // From now on health checks are refused, so that `option spop-check` makes
 // HAProxy use its other servers, while NOTIFYs are answered as before, also on
 // new connections. The connections of a HAProxy that sends health checks stay
-// open until it has missed three of them. Then they are closed together, each
-// with an AGENT-DISCONNECT. Other connections are closed when nothing was in
+// open until it has missed three of them, whose interval is taken to be up to
+// four times that between the checks that have come: several backends may check
+// from one address. Then the connections are closed together, each with an
+// AGENT-DISCONNECT. Other connections are closed when nothing was in
 // flight on them for a second. When no connection is left the listeners are
 // closed. With no connection, and no health checks of a HAProxy that has sent
 // NOTIFYs, Shutdown returns at once.

@@ -89,13 +89,16 @@ const (
 
 var faultNames = [faultCount]string{"none", "error", "panic", "timeout", "overload", "no-handler"}
 
-// String returns error, panic, timeout, overload or no-handler.
+// String returns error, panic, timeout, overload or no-handler; for 0 none.
 func (f Fault) String() string {
 	if f < faultCount {
 		return faultNames[f]
 	}
 	return fmt.Sprintf("fault %d", uint8(f))
 }
+
+// MarshalText returns what String does, for logs and JSON.
+func (f Fault) MarshalText() ([]byte, error) { return []byte(f.String()), nil }
 
 // faultOf returns the fault of a handler that failed with err.
 func faultOf(err error) Fault {
@@ -125,16 +128,19 @@ type job struct {
 	work    func()        // bound once, so that `go j.work()` allocates nothing
 	message string        // the message that handler serves, cached: the next one mostly has the same name
 	handler Handler
-	size    int // bytes that it keeps in memory while it is with workers
+	size    int      // bytes that it keeps in memory while it is with workers
+	bounds  []*bound // of its messages
+	slots   int      // that it has: of so many bounds, the first
+
+	prev, next *job // in a list, guarded by the list's lock
 
 	// Guarded by queue.mu.
-	prev, next *job
-	ctx        *deadline // with a handler timeout, once handlers run
-	started    time.Duration
-	done       []byte // the actions of the messages already done
-	finished   bool   // all of them are
-	answered   bool   // by the watch; what the handlers still do is dropped
-	warned     bool   // of being slow
+	ctx      *deadline // with a handler timeout, once handlers run
+	started  time.Duration
+	done     []byte // the actions of the messages already done
+	finished bool   // all of them are
+	answered bool   // by the watch; what the handlers still do is dropped
+	warned   bool   // of being slow
 }
 
 const maxPooled = 32 << 10 // bytes of a buffer that is kept for later
@@ -168,10 +174,23 @@ func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 // decode decodes the payload of j's NOTIFY, which says how long it may take.
 func (j *job) decode(b []byte) error {
 	err := j.notify.decode(b)
-	if err == nil {
-		j.limit = j.queue.workers.limitOf(&j.notify)
+	if err != nil {
+		return err
 	}
-	return err
+	w := j.queue.workers
+	j.limit = w.limitOf(&j.notify)
+	if w.bounds != nil {
+		j.bounds = w.boundsOf(&j.notify, j.bounds[:0])
+	}
+	return nil
+}
+
+// trim drops the views, and a buffer that is too large to keep.
+func (j *job) trim() {
+	j.release()
+	if cap(j.buf) > maxPooled {
+		j.buf = nil
+	}
 }
 
 // shrink lets go of memory that is not used.
@@ -183,10 +202,7 @@ func (j *job) shrink() {
 // recycle returns j to the pool.
 func (j *job) recycle() {
 	w := j.queue.workers
-	j.release()
-	if cap(j.buf) > maxPooled {
-		j.buf = nil
-	}
+	j.trim()
 	if cap(j.actions.buf) > maxPooled {
 		j.actions.buf = nil
 	}
@@ -220,6 +236,30 @@ func (q *jobList) remove(j *job) {
 		q.tail = j.prev
 	}
 	j.prev, j.next = nil, nil
+}
+
+// next returns the job to be taken next. That is the oldest, until it has waited
+// for half of its handler timeout: then it is the newest, since in an overload the
+// oldest would be late anyway, and taking them in their order would make every one
+// late.
+func (q *jobList) next(now time.Duration) *job {
+	if j := q.head; j == nil || j.limit == 0 || now-j.arrived <= j.limit/2 {
+		return j
+	}
+	return q.tail
+}
+
+// shed removes and returns the jobs that have waited for too long.
+func (q *jobList) shed(now time.Duration) (shed []*job) {
+	for j := q.head; j != nil; {
+		next := j.next
+		if j.over(now) {
+			q.remove(j)
+			shed = append(shed, j)
+		}
+		j = next
+	}
+	return shed
 }
 
 // queue is a connection as the workers see it: its NOTIFYs that wait for a
@@ -284,6 +324,7 @@ type workers struct {
 	epoch    time.Time // the zero of clock
 	limit    limit.Limiter
 	inFlight outbox.Total
+	stats    stats // nil: not asked for
 
 	jobs    sync.Pool    // of *job
 	permits atomic.Int64 // handlers that may still be begun
@@ -293,6 +334,9 @@ type workers struct {
 
 	mu          sync.Mutex
 	first, last *queue // ring of the queues with jobs that wait, next first
+
+	bounds  map[string]*bound // by message; nil: none
+	boundMu sync.Mutex
 
 	watchMu  sync.Mutex
 	watched  []*queue // that have, or had a moment ago, handlers running
@@ -305,7 +349,10 @@ type workers struct {
 }
 
 func newWorkers(o *options) *workers {
-	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool)}
+	w := &workers{options: o, epoch: time.Now(), unknown: make(map[string]bool), bounds: newBounds(o.maxConcurrent)}
+	if o.stats {
+		w.stats = newStats(o.handlers)
+	}
 	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
@@ -407,9 +454,16 @@ func (w *workers) pushQueue(q *queue) {
 
 // spread gives j, which is decoded and owns its memory, to a worker now or later.
 func (w *workers) spread(j *job) {
-	q := j.queue
 	j.size = cap(j.buf)
-	q.box.Begin(j.size)
+	j.queue.box.Begin(j.size)
+	if w.enter(j) {
+		w.start(j)
+	}
+}
+
+// start gives j, which has its slots, to a worker as soon as there is a permit.
+func (w *workers) start(j *job) {
+	q := j.queue
 	now := w.acquire()
 	q.mu.Lock()
 	if now {
@@ -433,18 +487,13 @@ func (w *workers) spread(j *job) {
 }
 
 // dequeue takes the job to run next. Jobs that have waited for longer than the
-// handler timeout are answered instead. When the oldest has waited for half of
-// it, the newest is taken: in an overload the oldest would be late anyway, and
-// taking them in their order would make every one late.
+// handler timeout are answered instead.
 func (q *queue) dequeue() *job {
 	now := q.workers.clock()
 	q.mu.Lock()
 	shed := q.shed(now)
-	j := q.waiting.head
+	j := q.waiting.next(now)
 	if j != nil {
-		if j.limit > 0 && now-j.arrived > j.limit/2 {
-			j = q.waiting.tail
-		}
 		q.waiting.remove(j)
 		q.running.push(j)
 		j.started = now
@@ -462,22 +511,14 @@ func (q *queue) shed(now time.Duration) []*job {
 	if !q.workers.anyTimeout() {
 		return nil
 	}
-	var shed []*job
-	for j := q.waiting.head; j != nil; {
-		next := j.next
-		if j.over(now) {
-			q.waiting.remove(j)
-			shed = append(shed, j)
-		}
-		j = next
-	}
-	return shed
+	return q.waiting.shed(now)
 }
 
 // overloaded answers the jobs that shed returned.
 func (q *queue) overloaded(shed []*job) {
 	for _, j := range shed {
 		q.answer(j, nil, q.workers.faultActions[FaultOverload])
+		q.workers.leave(j)
 	}
 	q.box.Flush()
 	for _, j := range shed {
@@ -522,6 +563,7 @@ func (q *queue) complete(j *job) {
 	if !late {
 		q.answer(j, j.actions.buf, j.faulty)
 	}
+	w.leave(j)
 	j.recycle()
 	// Sending may block, so not while others wait for the permit.
 	w.release()
@@ -623,8 +665,9 @@ func (w *workers) message(ctx context.Context, j *job) {
 		return
 	}
 	var began time.Duration
-	if w.hooked() {
+	if w.observed() {
 		began = w.clock()
+		w.stats.called(m.name)
 	}
 	returned := false
 	defer func() {
@@ -662,16 +705,22 @@ func (w *workers) returned(j *job, began time.Duration, err error) {
 		f = faultOf(err)
 		w.failed(j, f, err)
 	}
-	if w.hooked() {
-		w.handled(j, w.clock()-began, err, f, late)
+	if w.observed() {
+		took := w.clock() - began
+		w.stats.returned(j.current.name, took, late)
+		w.handled(j, took, err, f, late)
 	}
 }
 
-// hooked reports whether a hook wants to know how messages are dealt with.
-func (w *workers) hooked() bool { return w.hooks.Handled != nil || w.hooks.Message != nil }
+// observed reports whether a hook or Agent.Stats needs to know how messages are
+// dealt with.
+func (w *workers) observed() bool {
+	return w.hooks.Handled != nil || w.hooks.Message != nil || w.stats != nil
+}
 
 // handled reports how j's current message was dealt with.
 func (w *workers) handled(j *job, took time.Duration, err error, f Fault, late bool) {
+	w.stats.handled(j.current.name, f)
 	if w.hooks.Handled != nil {
 		w.hooks.Handled(j.current.name, took, err)
 	}
@@ -734,229 +783,5 @@ func (w *workers) noHandler(j *job) {
 	if warn {
 		level.Warn(w.logger).Log("msg", "no handler for this message", "message", clip(m.name),
 			"handled", strings.Join(slices.Sorted(maps.Keys(w.handlers)), ","))
-	}
-}
-
-// watchQueue makes the watch look at q, whose handlers are about to run. It is
-// short to be inlined.
-func (w *workers) watchQueue(q *queue) {
-	if !q.watched.Load() {
-		w.addWatched(q)
-	}
-}
-
-func (w *workers) addWatched(q *queue) {
-	w.watchMu.Lock()
-	if !q.watched.Swap(true) {
-		w.watched = append(w.watched, q)
-		if !w.watching {
-			w.watching = true
-			w.timer.Reset(tick)
-		}
-	}
-	w.watchMu.Unlock()
-}
-
-const (
-	tick       = time.Millisecond
-	busyQueues = 3           // with a call at the last look or since,
-	busyCalls  = 32          // and so many of them inline since then
-	slowWarn   = time.Second // a handler that takes longer is warned of
-)
-
-// watch looks at the queues whose handlers run: it takes connections away from
-// stalled readers, answers what is late, and warns of slow handlers. It runs
-// every tick while there are such queues.
-//
-// It also sets busy when many readers have much to do. Then those whose
-// NOTIFYs come several at a time let others run before they read again: meanwhile
-// more has been received, mostly, so that neither a read that brings nothing nor
-// a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
-// in flight), but adds as much where no other goroutine has anything to do.
-func (w *workers) watch() {
-	now := w.clock()
-	w.watchMu.Lock()
-	w.looked, w.watched = w.watched, w.looked[:0]
-	w.watchMu.Unlock()
-	kept := w.looked[:0]
-	calls := uint64(0)
-	for _, q := range w.looked {
-		active, n := q.look(now)
-		calls += n
-		if active || q.keepWatching() {
-			kept = append(kept, q)
-		}
-	}
-	if busy := len(w.looked) >= busyQueues && calls >= busyCalls; busy != w.busy.Load() {
-		w.busy.Store(busy)
-	}
-	w.watchMu.Lock()
-	w.watched = append(w.watched, kept...)
-	clear(w.looked)
-	if w.watching = len(w.watched) > 0; w.watching {
-		w.timer.Reset(tick)
-	}
-	w.watchMu.Unlock()
-}
-
-// keepWatching removes q from the watch and reports false, unless a handler was
-// started since it was looked at, by a goroutine that still saw watched set.
-func (q *queue) keepWatching() bool {
-	q.watched.Store(false)
-	q.mu.Lock()
-	busy := q.running.head != nil || q.waiting.head != nil
-	q.mu.Unlock()
-	return (busy || q.turn.Load().running()) && q.watched.CompareAndSwap(false, true)
-}
-
-// look does the watch's work on one queue. It reports whether handlers run or
-// wait to be run, and how many the reader has called since the last look.
-func (q *queue) look(now time.Duration) (active bool, calls uint64) {
-	q.mu.Lock()
-	t := q.turn.Load()
-	s := t.seq.Load()
-	inline := s&1 == 1
-	switch {
-	case s != q.seen:
-		calls = (s - q.seen + 1) / 2
-		q.seen, q.seenAt = s, now
-	case !inline:
-	case now-q.seenAt >= pace.StallAfter*9/10:
-		q.takeOver(t, s)
-	}
-	var shed []*job
-	var slow []string
-	late := false
-	if q.running.head != nil || q.waiting.head != nil {
-		shed = q.shed(now)
-		late = q.overdue(now)
-		slow = q.slow(now)
-	}
-	active = inline || q.running.head != nil || q.waiting.head != nil
-	q.mu.Unlock()
-	if shed != nil || late {
-		// In a goroutine of its own, since a peer that does not read blocks it.
-		go q.overloaded(shed)
-	}
-	if slow != nil {
-		q.workers.warnSlow(slow)
-	}
-	return active, calls
-}
-
-// takeOver takes the connection's reading from the turn at s, unless that has
-// ended, and leaves it the NOTIFY. The caller must hold mu.
-func (q *queue) takeOver(t *turn, s uint64) {
-	if !t.seq.CompareAndSwap(s, turnTaken) {
-		return
-	}
-	q.seen = 0
-	t.job.size = len(t.job.payload)
-	q.box.Begin(t.job.size)
-	q.running.push(t.job)
-	q.pace.Stalled()
-	q.taker.handOver()
-}
-
-// overdue answers the running jobs that are late, and reports whether there are
-// any. The caller must hold mu.
-func (q *queue) overdue(now time.Duration) (late bool) {
-	if !q.workers.anyTimeout() {
-		return false
-	}
-	for j := q.running.head; j != nil; j = j.next {
-		if j.finished || j.answered || !j.over(now) {
-			continue
-		}
-		j.answered, late = true, true
-		f := FaultOverload // its goroutine has not come so far as to call a handler
-		if j.ctx != nil {
-			f = FaultTimeout
-			j.ctx.cancel(context.DeadlineExceeded)
-		}
-		q.answer(j, j.done, q.workers.faultActions[f])
-	}
-	return late
-}
-
-// slow returns the messages of the running jobs that have just become slow, a
-// few of each NOTIFY. The caller must hold mu.
-func (q *queue) slow(now time.Duration) (messages []string) {
-	for j := q.running.head; j != nil; j = j.next {
-		if j.warned || now-j.started < slowWarn {
-			continue
-		}
-		j.warned = true
-		n := 0
-		for name := range j.names() {
-			if n++; n > maxSlow {
-				break
-			}
-			messages = append(messages, name)
-		}
-	}
-	return messages
-}
-
-const maxSlow = 4 // messages of a slow NOTIFY that are named
-
-// warnSlow logs that a handler is slow. It cannot know which of the messages it
-// is at.
-func (w *workers) warnSlow(messages []string) {
-	if n, ok := w.limit.Allow("slow"); ok {
-		level.Warn(w.logger).Log("msg", "slow handler", "message", clip(strings.Join(messages, ",")), "running", slowWarn, "suppressed", n)
-	}
-}
-
-// deadline is the context of a NOTIFY under WithHandlerTimeout. It needs no
-// timer: the watch ends it, or a look at the clock. It is not
-// used again, since a handler may have given it to a goroutine.
-type deadline struct {
-	context.Context // the connection's
-	at              time.Time
-
-	mu   sync.Mutex
-	err  error
-	done chan struct{} // made by the first call of Done
-	stop func() bool   // made with done: ends the wait for the connection's context
-}
-
-func (d *deadline) Deadline() (time.Time, bool) { return d.at, true }
-
-func (d *deadline) Done() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.done == nil {
-		d.done = make(chan struct{})
-		if d.err != nil {
-			close(d.done)
-		} else {
-			d.stop = context.AfterFunc(d.Context, func() { d.cancel(d.Context.Err()) })
-		}
-	}
-	return d.done
-}
-
-func (d *deadline) Err() error {
-	if err := d.Context.Err(); err != nil {
-		d.cancel(err)
-	} else if !time.Now().Before(d.at) {
-		d.cancel(context.DeadlineExceeded)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.err
-}
-
-func (d *deadline) cancel(err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.err != nil {
-		return
-	}
-	d.err = err
-	if d.done != nil {
-		close(d.done)
-		d.stop()
 	}
 }

@@ -3,10 +3,8 @@
 package main
 
 import (
-	"bytes"
 	"flag"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -16,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/go-kit/log/level"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/logging"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
@@ -32,11 +30,24 @@ func TestUsage(t *testing.T) {
 			t.Errorf("want no more than 80 characters, have %q", line)
 		}
 	}
-	newConfig().flags().VisitAll(func(f *flag.Flag) {
-		if !regexp.MustCompile(`(?m)^ .*-` + f.Name + ` `).MatchString(out) {
+	// The text explains the flags that there are, and no others.
+	explained := make(map[string]bool)
+	for _, m := range regexp.MustCompile(`(?m)^  (-.*)$`).FindAllStringSubmatch(out, -1) {
+		for _, name := range regexp.MustCompile(`(?:^|, )-([a-z-]+)`).FindAllStringSubmatch(m[1], -1) {
+			explained[name[1]] = true
+		}
+	}
+	delete(explained, "h") // of package flag
+	flags := newConfig().flags()
+	flags.VisitAll(func(f *flag.Flag) {
+		if !explained[f.Name] {
 			t.Errorf("want -%s explained", f.Name)
 		}
+		delete(explained, f.Name)
 	})
+	if len(explained) > 0 {
+		t.Errorf("want no flags explained that do not exist, have %v", explained)
+	}
 }
 
 func TestBadFlags(t *testing.T) {
@@ -143,13 +154,12 @@ d
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &config{
-		notes: []string{"environment: no flag has the variable SPOA_ODDITY, it is ignored"},
-		debug: true, frame: 500, port: 12345, workers: 8, caps: stringList{"async", "fragmentation"}, delay: delay(15 * time.Millisecond),
-		reputation: lists.Files{{Path: "drop.txt", Score: 20}}, listen: listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}, unixMode: 0o600,
-		cert: "cert.pem", key: "key.pem", drain: 3 * time.Second, refresh: time.Hour, logFormat: "logfmt", logLevel: "info",
-		sources: newConfig().sources, handlerTimeout: -1,
-	}
+	want := newConfig()
+	want.notes = []string{"environment: no flag has the variable SPOA_ODDITY, it is ignored"}
+	want.debug, want.frame, want.workers, want.caps, want.delay = true, 500, 8, []string{"async", "fragmentation"}, 15*time.Millisecond
+	want.judge.Reputation = lists.Files{{Path: "drop.txt", Score: 20}}
+	want.listen = listen.Addrs{{Network: "tcp", Address: "127.0.0.1:1"}, {Network: "unix", Address: "/run/a.sock"}}
+	want.unixMode, want.tls, want.drain = 0o600, listen.TLSFiles{Cert: "cert.pem", Key: "key.pem"}, 3*time.Second
 	if !reflect.DeepEqual(want, have) {
 		t.Errorf("want %+v\nhave %+v", want, have)
 	}
@@ -171,74 +181,15 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// Each error names the place, the flag, the value and the right form.
-func TestBadSources(t *testing.T) {
-	conf := filepath.Join(t.TempDir(), "conf")
-	for _, tc := range []struct{ environ, file, want string }{
-		{"SPOA_N=abc", "", "environment: SPOA_N=abc: want a number of workers from 1 to 65536"},
-		{"SPOA_D=yes", "", "environment: SPOA_D=yes: want true or false"},
-		{"SPOA_LISTEN=127.0.0.1:1,x", "", "environment: SPOA_LISTEN=x: want host:port"},
-		{"SPOA_REPUTATON=drop.txt", "", "environment: no flag has the variable SPOA_REPUTATON: the nearest is SPOA_REPUTATION"},
-		{"SPOA_TLS_CRT=x", "", "the nearest is SPOA_TLS_CERT"},
-		{"", "n abc", ":1: n abc: want a number of workers"},
-		{"", "# x\n\nn abc", ":3: n abc: want"},
-		{"", "listen = 127.0.0.1:1", `:1: "listen = 127.0.0.1:1": want "listen 127.0.0.1:1", without = or colon`},
-		{"", "listen=127.0.0.1:1", `want "listen 127.0.0.1:1"`},
-		{"", "listen: 127.0.0.1:1", `want "listen 127.0.0.1:1"`},
-		{"", "listen : 127.0.0.1:1", `want "listen 127.0.0.1:1"`},
-		{"", `metrics "127.0.0.1:1"`, "want the value without quotes"},
-		{"", "metrics '127.0.0.1:1'", "want the value without quotes"},
-		{"", "d maybe", "d maybe: want true or false"},
-		{"", "listn 127.0.0.1:1", `no flag "listn": the nearest is listen`},
-		{"", "config x", "cannot name another"},
-		{"", "drain", "drain true: want a time"},
-	} {
-		writeFile(t, conf, tc.file)
-		_, err := parse([]string{"-config", conf}, []string{tc.environ})
-		if err == nil || !strings.Contains(err.Error(), tc.want) || tc.file != "" && !strings.HasPrefix(err.Error(), conf+":") {
-			t.Errorf("%q %q: want %s, have %v", tc.environ, tc.file, tc.want, err)
-		}
-	}
-}
-
-// What is odd but no error is said.
 func TestNotes(t *testing.T) {
-	conf := filepath.Join(t.TempDir(), "conf")
-	writeFile(t, conf, "\ufeffmetrics :1\r\nmetrics :2\r\nlisten :3\r\nlisten :4\r\n")
-	for _, tc := range []struct {
-		args, environ []string
-		want          []string
-	}{
-		{[]string{"-drain", "1s", "-drain", "2s"}, nil, []string{"-drain is given 2 times on the command line: the last one counts"}},
-		{[]string{"-listen", ":1", "-listen", ":2"}, nil, nil},
-		{[]string{"-p", "1", "-listen", ":2"}, nil, []string{"-p does not count, since -listen is given"}},
-		{[]string{"-config", conf}, nil, []string{"-metrics is given 2 times in " + conf + ": the last one counts"}},
-		{nil, []string{"SPOA_SOMETHING=1", "SPOA_PORT=12345"}, []string{
-			"environment: no flag has the variable SPOA_PORT, it is ignored",
-			"environment: no flag has the variable SPOA_SOMETHING, it is ignored",
-		}},
-		{nil, []string{ // of Kubernetes, Docker, and these tests
-			"SPOA_PORT=tcp://10.0.0.1:12345", "SPOA_SERVICE_HOST=10.0.0.1", "SPOA_SERVICE_PORT=12345", "SPOA_SERVICE_PORT_SPOP=12345",
-			"SPOA_PORT_12345_TCP=tcp://10.0.0.1:12345", "SPOA_PORT_12345_TCP_ADDR=10.0.0.1", "SPOA_PORT_12345_TCP_PORT=12345",
-			"SPOA_PORT_12345_TCP_PROTO=tcp", "SPOA_AGENT_PORT=tcp://10.0.0.1:12345", "SPOA_NAME=/web/spoa", "SPOA_ENV_PATH=/bin",
-			"SPOA_TEST_HAPROXY=x", "SPOA_ALLOW=",
-		}, nil},
-	} {
-		c, err := parse(append(tc.args, "-random"), tc.environ)
-		if err != nil || !slices.Equal(c.notes, tc.want) {
-			t.Errorf("%q %q: want %q, have %q, %v", tc.args, tc.environ, tc.want, c.notes, err)
-		}
+	c, err := parse([]string{"-p", "1", "-listen", ":2"}, []string{"SPOA_SOMETHING=1"})
+	want := []string{
+		"environment: no flag has the variable SPOA_SOMETHING, it is ignored",
+		"-p does not count, since -listen is given",
+		"no list: scores are random, for trying out only; want -reputation FILE, or -random to say so",
 	}
-}
-
-func TestDelayFlag(t *testing.T) {
-	for in, want := range map[string]time.Duration{
-		"0": 0, "15": 15 * time.Millisecond, "10us": 10 * time.Microsecond, "15ms": 15 * time.Millisecond, "1s": time.Second,
-	} {
-		c, err := parse([]string{"-t", in}, nil)
-		if err != nil || time.Duration(c.delay) != want {
-			t.Errorf("%s: want %v, have %v, %v", in, want, c, err)
-		}
+	if err != nil || !slices.Equal(c.notes, want) {
+		t.Errorf("want %q, have %q, %v", want, c.notes, err)
 	}
 }
 
@@ -259,22 +210,34 @@ func TestCheckAndVersion(t *testing.T) {
 	}
 }
 
-func TestLogger(t *testing.T) {
-	for _, tc := range []struct {
-		args, want string
-	}{
-		{"", `level=info msg=x addr=192.0.2.1:1`},
-		{"-log-level warn", ``},
-		{"-log-level warn -d", `level=info msg=x addr=192.0.2.1:1`},
+func TestLookupAndReplay(t *testing.T) {
+	dir := t.TempDir()
+	list, requests := filepath.Join(dir, "list"), filepath.Join(dir, "log")
+	writeFile(t, list, "192.0.2.1\n")
+	writeFile(t, requests, "192.0.2.1\n192.0.2.2\n")
+	for args, want := range map[string]string{
+		"-lookup 192.0.2.1":   `^192.0.2.1: listed, score 0, by list list\n`,
+		"-replay " + requests: `(?m)^ +1 +1  denied, with a score below 20$`,
 	} {
-		c, err := parse(strings.Fields(tc.args), nil)
-		if err != nil {
-			t.Fatal(err)
+		exit, stdout, stderr := cli(append(strings.Fields(args), "-reputation", list, "-log-level", "warn")...)
+		if exit != 0 || stderr != "" || !regexp.MustCompile(want).MatchString(stdout) {
+			t.Errorf("%s: want %s, have %d, %q, %q", args, want, exit, stdout, stderr)
 		}
-		var b bytes.Buffer
-		level.Info(c.logger(&b)).Log("msg", "x", "addr", net.TCPAddrFromAddrPort(netip.MustParseAddrPort("192.0.2.1:1")))
-		if !strings.Contains(b.String(), tc.want) || tc.want == "" && b.Len() > 0 {
-			t.Errorf("%s: want %q, have %q", tc.args, tc.want, b.String())
+	}
+	if exit, _, stderr := cli("-lookup", "192.0.2.1"); exit != 1 || !strings.HasPrefix(stderr, "spoa: -lookup: want lists") {
+		t.Errorf("without lists: want an error, have %d, %s", exit, stderr)
+	}
+}
+
+func TestLogFormat(t *testing.T) {
+	for args, want := range map[string]logging.Format{
+		"":                                 {Level: "info"},
+		"-log-level warn -log-format json": {Level: "warn", JSON: true},
+		"-log-level warn -d":               {Level: "debug"},
+	} {
+		c, err := parse(strings.Fields(args), nil)
+		if err != nil || c.format() != want {
+			t.Errorf("%q: want %+v, have %+v, %v", args, want, c.format(), err)
 		}
 	}
 }

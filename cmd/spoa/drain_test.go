@@ -21,7 +21,7 @@ import (
 // twoAgents is the text of haproxy.cfg with a second server before the first.
 func twoAgents(second string) []string {
 	const first = "    server iprep-server"
-	return []string{first, "    server second " + second + " check inter 200ms fall 2 rise 1\n" + first}
+	return []string{first, "    server second " + second + " check inter 100ms fall 2 rise 1\n" + first}
 }
 
 // checkNoError expects that HAProxy has logged no SPOE error and that each answer has a score.
@@ -43,9 +43,10 @@ func TestE2ERollingRestart(t *testing.T) {
 			agents[i] = startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", "10s")
 		}
 		h := startHAProxy(t, bin, setup{
-			agent: agents[0].addr,
-			cfg:   twoAgents(agents[1].addr),
-			spoe:  []string{"processing 10s", "processing 3s"}, // how long one that is lost waits
+			agent:   agents[0].addr,
+			cfg:     twoAgents(agents[1].addr),
+			spoe:    []string{"processing 10s", "processing 3s"}, // how long one that is lost waits
+			mayLose: true,                                        // when the test is over and the agents are stopped
 		})
 		for _, name := range names {
 			h.awaitServerNamed(t, name, "UP", "L7OK")
@@ -65,6 +66,38 @@ func TestE2ERollingRestart(t *testing.T) {
 		}
 		h.checkNoError(t, l.stop())
 		t.Logf("%d requests; seconds of the drains: %s", l.total.requests, strings.Join(took, " "))
+	})
+}
+
+// Other backends that check the same agent do not make it seem to have missed its health checks sooner.
+func TestE2EDrainManyBackends(t *testing.T) {
+	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
+		first := startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", "30s", "-d")
+		second := startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", "30s")
+		const inter = " check inter 2s fall 3 rise 1"
+		servers := inter + "\n    server second " + second.addr + inter
+		for i := range 3 {
+			servers += fmt.Sprintf("\n\nbackend other%d\n    mode tcp\n    option spop-check\n    server other%d %s%s", i, i, first.addr, inter)
+		}
+		h := startHAProxy(t, bin, setup{
+			agent:   first.addr,
+			cfg:     []string{"global\n", "global\n    nbthread 1\n", " check inter 100ms fall 2 rise 1", servers},
+			spoe:    []string{"processing 10s", "processing 1s"}, // HAProxy connects again after a second,
+			mayLose: true,                                        // in the other backends
+		})
+		for _, name := range []string{"iprep-server", "second"} {
+			h.awaitServerNamed(t, name, "UP", "L7OK")
+		}
+		first.await(t, `(?s)(healthcheck.*){12}`) // three health checks of each backend
+		l := startLoad(t, h.url, 4)
+		l.more(t, 200)
+		begin := time.Now()
+		first.shutdown(t)
+		took := time.Since(begin)
+		h.awaitServerNamed(t, "iprep-server", "DOWN", "")
+		l.more(t, 200)
+		h.checkNoError(t, l.stop())
+		t.Logf("%d requests; seconds of the drain: %.1f, until the server was down: %.1f", l.total.requests, took.Seconds(), time.Since(begin).Seconds())
 	})
 }
 
@@ -151,7 +184,7 @@ func TestE2ETakeover(t *testing.T) {
 				end := test.start(t)
 				s := setup{agent: test.addr, mayLose: true, spoe: []string{"processing 10s", "processing 3s"}}
 				if test.unchecked {
-					s.cfg = []string{" check inter 200ms fall 2 rise 1", ""}
+					s.cfg = []string{" check inter 100ms fall 2 rise 1", ""}
 				}
 				h := startHAProxy(t, bin, s)
 				if !test.unchecked {

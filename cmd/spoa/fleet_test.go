@@ -54,26 +54,39 @@ func (h *haproxy) awaitFleet(t *testing.T, want ...string) {
 		if h.ctx.Err() != nil {
 			t.Fatalf("haproxy ended: %v", h.err)
 		}
-		out, err := command(h.stats, "show stat iprep-fleet 4 -1")
-		if err != nil {
-			return false
-		}
-		rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(strings.TrimSpace(out), "# "))).ReadAll()
-		if err != nil || len(rows) != len(want)+1 {
+		servers, err := h.fleet()
+		if err != nil || len(servers) != len(want) {
 			return false
 		}
 		for i, state := range want {
 			// A server without a result of its first check is UP too.
-			have := map[string]string{}
-			for j, name := range rows[0] {
-				have[name] = rows[i+1][j]
-			}
+			have := servers[i]
 			if s, _, _ := strings.Cut(have["status"], " "); s != state || have["check_status"] == "INI" || have["check_status"] == "" {
 				return false
 			}
 		}
 		return true
 	})
+}
+
+// fleet returns HAProxy's statistics of the agents' servers.
+func (h *haproxy) fleet() (servers []map[string]string, err error) {
+	out, err := command(h.stats, "show stat iprep-fleet 4 -1")
+	if err != nil {
+		return nil, err
+	}
+	rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(strings.TrimSpace(out), "# "))).ReadAll()
+	if err != nil || len(rows) == 0 {
+		return nil, fmt.Errorf("statistics %q: %v", out, err)
+	}
+	for _, row := range rows[1:] {
+		server := map[string]string{}
+		for i, name := range rows[0] {
+			server[name] = row[i]
+		}
+		servers = append(servers, server)
+	}
+	return servers, nil
 }
 
 // loopback returns a client that comes from another address of this machine with each connection.
@@ -182,65 +195,94 @@ func frames(from io.Reader, to io.Writer, tell func(kind byte)) {
 	}
 }
 
-// An agent that is killed costs the requests that it held, and those who come later nothing.
+// A fleetLoad is a number of clients, each with a new address for each request, that ask one after another until stopped.
+type fleetLoad struct {
+	answers, lost atomic.Int64 // lost are those without a verdict
+	clients       sync.WaitGroup
+	done          chan struct{}
+}
+
+func startFleetLoad(t *testing.T, url string, clients int) *fleetLoad {
+	t.Helper()
+	l := &fleetLoad{done: make(chan struct{})}
+	for range clients {
+		l.clients.Go(func() {
+			c := loopback()
+			for {
+				select {
+				case <-l.done:
+					return
+				default:
+				}
+				resp, err := get(c, url)
+				switch {
+				case err != nil:
+					t.Errorf("HAProxy has not answered: %v", err)
+					return
+				case resp.StatusCode == http.StatusServiceUnavailable:
+					l.lost.Add(1)
+				case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusForbidden:
+					t.Errorf("status %d", resp.StatusCode)
+				}
+				l.answers.Add(1)
+			}
+		})
+	}
+	t.Cleanup(l.stop)
+	return l
+}
+
+func (l *fleetLoad) more(t *testing.T, n int64) {
+	t.Helper()
+	goal := l.answers.Load() + n
+	eventually(t, fmt.Sprintf("%d more answers", n), func() bool { return l.answers.Load() >= goal || t.Failed() })
+}
+
+func (l *fleetLoad) stop() {
+	select {
+	case <-l.done:
+	default:
+		close(l.done)
+	}
+	l.clients.Wait()
+}
+
+// An agent that is killed costs the requests that it held, and those who come later nothing, since a connection that is
+// refused is not tried there again.
 func TestE2EFleetKill(t *testing.T) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
 		needLoopback(t)
-		agents, addrs := startAgents(t, "-t", "5ms")
+		args := []string{"-t", "5ms", "-handler-timeout", "0s"} // so that no overload is answered
+		agents, addrs := startAgents(t, args...)
 		tap := startTap(t, addrs[1])
 		h := startFleet(t, bin, [3]string{addrs[0], tap.addr, addrs[2]})
-
-		const clients = 9
-		var answers, lost atomic.Int64
-		var wg sync.WaitGroup
-		stop := make(chan struct{})
-		for range clients {
-			wg.Go(func() {
-				c := loopback()
-				for {
-					select {
-					case <-stop:
-						return
-					default:
-					}
-					resp, err := get(c, h.url)
-					switch {
-					case err != nil:
-						t.Errorf("HAProxy has not answered: %v", err)
-						return
-					case resp.StatusCode == http.StatusServiceUnavailable:
-						lost.Add(1)
-					case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusForbidden:
-						t.Errorf("status %d", resp.StatusCode)
-					}
-					answers.Add(1)
-				}
-			})
-		}
-		more := func(n int64) {
-			goal := answers.Load() + n
-			eventually(t, fmt.Sprintf("%d more answers", n), func() bool { return answers.Load() >= goal || t.Failed() })
-		}
-		more(300)
+		load := startFleetLoad(t, h.url, 192)
+		load.more(t, 1000)
 		tap.l.Close()
 		agents[1].stop(syscall.SIGKILL)
-		more(300)
+		load.more(t, 1000)
 		h.awaitFleet(t, "UP", "DOWN", "UP")
-		held, atOnce := tap.unanswered.Load(), lost.Load()
-		more(300)
-		startAgent(t, addrs[1], "-t", "5ms")
+		held, atOnce := tap.unanswered.Load(), load.lost.Load()
+		load.more(t, 1000)
+		startAgent(t, addrs[1], args...)
 		tap.listen(t)
 		h.awaitFleet(t, "UP", "UP", "UP")
-		more(300)
-		close(stop)
-		wg.Wait()
+		load.more(t, 1000)
+		load.stop()
 		if atOnce > held {
 			t.Errorf("%d requests lost when the agent was killed that held %d", atOnce, held)
 		}
-		if n := lost.Load() - atOnce; n > 0 {
+		if n := load.lost.Load() - atOnce; n > 0 {
 			t.Errorf("%d requests lost later, want none", n)
 		}
-		t.Logf("%d of %d requests lost, %d held", atOnce, answers.Load(), held)
+		servers, err := h.fleet()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := servers[1]["wretr"]; n != "0" {
+			t.Errorf("%s connections tried again at the agent that was killed, want another agent at once", n)
+		}
+		t.Logf("%d of %d requests lost, %d held, %s connections sent to another agent", atOnce, load.answers.Load(), held, servers[1]["wredis"])
 	})
 }
 

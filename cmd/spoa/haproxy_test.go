@@ -328,7 +328,7 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 		"global\n", "global\n    stats socket " + h.stats + " level admin\n    log " + h.spoeLog.addr + " local0\n",
 		"bind 127.0.0.1:8080", bind,
 		"option spop-check", "option spop-check\n    timeout check 5s", // not inter, too short for a busy machine
-		"127.0.0.1:12345 check", s.agent + " check inter 200ms fall 2 rise 1",
+		"127.0.0.1:12345 check", s.agent + " check inter 100ms fall 2 rise 1",
 	}, s.cfg...))
 	edit(t, dir, "ip-reputation.conf", append([]string{
 		"spoe-agent iprep-agent", "spoe-agent iprep-agent" + spoeLogging,

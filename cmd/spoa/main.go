@@ -6,14 +6,12 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"os/signal"
@@ -27,9 +25,12 @@ import (
 	"github.com/go-kit/log/level"
 	"github.com/oklog/run"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/interrupt"
+	"github.com/spoa-go/spoa/cmd/internal/judge"
 	"github.com/spoa-go/spoa/cmd/internal/linewriter"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
-	"github.com/spoa-go/spoa/cmd/internal/reputation/lists"
+	"github.com/spoa-go/spoa/cmd/internal/logging"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/status"
 )
 
@@ -55,34 +56,28 @@ func realMain(args []string, stdout, stderrFile io.Writer) int {
 	case c.version:
 		fmt.Fprintln(stdout, "spoa", status.ReadBuild())
 		return 0
-	case c.check:
-		said, err := check(c)
-		if err != nil {
-			fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
-			return 1
-		}
-		for _, note := range c.notes {
-			fmt.Fprintf(stderr, "spoa: %s\n", note)
-		}
-		fmt.Fprintf(stdout, "spoa: %s\n", said)
-		return 0
 	}
-	run := func(c *config, _ io.Writer) error { return serve(c, stderr) }
 	switch {
-	case c.lookup != "":
-		run = func(c *config, _ io.Writer) error { return lookUp(c, stdout) }
-	case c.sources.replay != "":
-		run = func(c *config, stderr io.Writer) error { return replayLog(c, stdout, stderr) }
+	case c.check:
+		err = c.tryOut(stdout, stderr)
+	case c.judge.LookUp != "":
+		err = c.judge.WriteLookUp(context.Background(), stdout)
+	case c.judge.Replay != "":
+		err = c.judge.WriteReplay(context.Background(), stdout, logging.New(stderr, c.format()))
+	default:
+		err = serve(c, stderr)
 	}
-	if err := run(c, stderr); err != nil {
+	if err != nil {
 		fmt.Fprintf(stderr, "spoa: %s\n", oneLine(err))
 		return 1
 	}
 	return 0
 }
 
-// oneLine is for errors that join several.
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+// oneLine returns an error, which may join several and name files, for terminals.
+func oneLine(err error) string {
+	return reputation.Printable(strings.ReplaceAll(err.Error(), "\n", "; "))
+}
 
 const (
 	message       = "check-client-ip"
@@ -125,9 +120,8 @@ func newAgent(c *config, logger log.Logger, handler spoa.HandlerFunc, hooks spoa
 type service struct {
 	config    *config
 	logger    log.Logger
-	lists     *lists.Lists // nil: none
-	sources   *sources     // nil: none but lists
-	tls       *listen.TLS  // nil: none
+	judge     *judge.Judge
+	tls       *listen.TLS // nil: none
 	agent     *spoa.Agent
 	status    *status.Status
 	listeners []net.Listener // the first passed of them belong to systemd
@@ -141,19 +135,16 @@ func newService(ctx context.Context, c *config, logger log.Logger, stderr *linew
 	s := &service{config: c, logger: logger}
 	s.drain = sync.OnceFunc(s.begin)
 	var err error
-	if s.lists, err = c.openLists(ctx, logger); err != nil {
+	if s.judge, err = c.judge.Open(ctx, logger); err != nil {
 		return nil, err
 	}
-	if s.sources, err = c.openSources(s.lists, logger); err != nil {
-		return nil, err
-	}
-	if s.tls, err = c.loadTLS(); err != nil {
+	if s.tls, err = c.tls.Load(); err != nil {
 		return nil, err
 	}
 	s.status = status.New(status.Config{
 		Conns:    func() []spoa.ConnInfo { return s.agent.Conns() },
-		Lists:    s.lists,
-		Sources:  s.sources.combined(),
+		Lists:    s.judge.Lists(),
+		Sources:  s.judge.Sources(),
 		TLS:      s.tls,
 		Build:    status.ReadBuild(),
 		Messages: []string{message},
@@ -163,20 +154,14 @@ func newService(ctx context.Context, c *config, logger log.Logger, stderr *linew
 	if c.metrics.Network != "" {
 		hooks = s.status.Hooks()
 	}
-	score := newScorer(s.lists, s.status.Judged)
-	if s.sources != nil {
-		score = s.sources.scorer(s.status.Judged, s.status.WouldDeny)
-		first, cancel := context.WithTimeout(ctx, prepareTimeout)
-		_ = s.sources.prepare(first) // logs; what is missing is pulled later
-		cancel()
-	}
-	s.agent = newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{c.proxies}, score), hooks)
-	if s.listeners, s.passed, err = c.openListeners(); err != nil {
+	s.judge.Prepare(ctx)
+	s.agent = newAgent(c, logger, s.judge.Handler(c.delay, s.status), hooks)
+	if s.listeners, s.passed, err = c.listen.Open(c.defaultAddr(), c.unixMode); err != nil {
 		return nil, err
 	}
 	if c.metrics.Network != "" {
-		if s.web, err = c.metrics.Listen(fs.FileMode(c.unixMode)); err != nil {
-			closeAll(s.listeners)
+		if s.web, err = c.metrics.Listen(c.unixMode); err != nil {
+			listen.CloseAll(s.listeners)
 			return nil, err
 		}
 	}
@@ -192,14 +177,9 @@ func serve(c *config, stderr *linewriter.Writer) error {
 	defer signal.Stop(hup)
 	defer signal.Stop(end)
 
-	logger := c.logger(stderr)
-	stderr.Notice(func(dropped uint64) []byte {
-		var b bytes.Buffer
-		level.Warn(c.logger(&b)).Log("msg", "log lines dropped, which could not be written", "count", dropped)
-		return b.Bytes()
-	})
+	logger := logging.Open(stderr, c.format())
 	level.Debug(logger).Log("msg", "opening lists, certificates and sockets")
-	s, err := open(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
+	s, err := interrupt.Wait(end, func(ctx context.Context) (*service, error) { return newService(ctx, c, logger, stderr) })
 	switch {
 	case errors.Is(err, run.ErrSignal):
 		level.Info(logger).Log("msg", "ended before it was ready", "reason", err)
@@ -212,15 +192,14 @@ func serve(c *config, stderr *linewriter.Writer) error {
 	}
 	var g run.Group
 	g.Add(func() error { return s.serve(end) }, func(error) { s.drain() })
-	g.Add(actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
+	g.Add(interrupt.Actor(func(ctx context.Context) error { return s.reload(ctx, hup) }))
 	if s.web != nil {
 		level.Info(logger).Log("msg", "metrics", "addr", listen.Name(s.web.Addr()), "access", (*listen.TLS)(nil).Access(s.web.Addr()))
 		g.Add(s.status.Actor(s.web))
 	}
-	if s.lists != nil {
-		g.Add(actor(s.lists.Watch))
+	for _, task := range s.judge.Tasks() {
+		g.Add(interrupt.Actor(task))
 	}
-	s.sources.addTo(&g)
 	s.notifySystemd(daemon.SdNotifyReady)
 	err = g.Run()
 	if errors.Is(err, run.ErrSignal) {
@@ -237,7 +216,7 @@ func (s *service) begin() {
 	_, interrupt := s.agent.Actor(s.listeners[0], s.config.drain)
 	interrupt(nil)
 	// The next process has these sockets too; until it accepts, HAProxy waits.
-	closeAll(s.listeners[:s.passed])
+	listen.CloseAll(s.listeners[:s.passed])
 }
 
 // serve runs the agent on all listeners and returns when its drain is over. The
@@ -281,54 +260,6 @@ func (s *service) serveOne(l net.Listener) error {
 	return err
 }
 
-// open calls f, but a signal ends the wait for it at once: a file may hang.
-func open(end <-chan os.Signal, f func(context.Context) (*service, error)) (*service, error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	type result struct {
-		s   *service
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		s, err := f(ctx)
-		done <- result{s, err}
-	}()
-	select {
-	case r := <-done:
-		return r.s, r.err
-	case sig := <-end:
-		return nil, &run.SignalError{Signal: sig}
-	}
-}
-
-// lastWait is how long the end waits for what has been told to end. A file that
-// hangs can keep it for ever.
-const lastWait = time.Second
-
-// actor makes an actor of what runs until its context ends.
-func actor(f func(context.Context) error) (execute func() error, interrupt func(error)) {
-	ctx, cancel := context.WithCancel(context.Background())
-	execute = func() error {
-		done := make(chan error, 1)
-		go func() { done <- f(ctx) }()
-		select {
-		case err := <-done:
-			return err
-		case <-ctx.Done():
-		}
-		t := time.NewTimer(lastWait)
-		defer t.Stop()
-		select {
-		case err := <-done:
-			return err
-		case <-t.C:
-			return ctx.Err()
-		}
-	}
-	return execute, func(error) { cancel() }
-}
-
 // reload reads lists and certificates again at each signal, until ctx ends.
 func (s *service) reload(ctx context.Context, hup <-chan os.Signal) error {
 	for {
@@ -346,10 +277,7 @@ func (s *service) reload(ctx context.Context, hup <-chan os.Signal) error {
 // reloadOnce logs what cannot be used; the old stays in force.
 func (s *service) reloadOnce(ctx context.Context) {
 	level.Info(s.logger).Log("msg", "reloading")
-	if s.lists != nil {
-		_ = s.lists.Reload(ctx) // logs
-	}
-	s.sources.reloadAll()
+	s.judge.Reload(ctx)
 	if s.tls != nil {
 		if err := s.tls.Reload(); err != nil {
 			level.Error(s.logger).Log("msg", "certificates not reloaded, the old ones stay in force", "err", oneLine(err))

@@ -11,12 +11,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -35,6 +38,12 @@ func cli(args ...string) (exit int, stdout, stderr string) {
 	return exit, out.String(), err.String()
 }
 
+// uncounted counts no verdict.
+type uncounted struct{}
+
+func (uncounted) Judged(string, bool) {}
+func (uncounted) WouldDeny()          {}
+
 // serveConfig runs the agent that the flags describe, and returns its address.
 func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	t.Helper()
@@ -42,7 +51,11 @@ func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agent := newAgent(c, logger, checkClientIP(time.Duration(c.delay), finder{}, newScorer(nil, func(string, bool) {})), spoa.Hooks{})
+	j, err := c.judge.Open(t.Context(), logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := newAgent(c, logger, j.Handler(c.delay, uncounted{}), spoa.Hooks{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -58,25 +71,37 @@ func serveConfig(t *testing.T, logger log.Logger, args ...string) string {
 	return l.Addr().String()
 }
 
+// appendText appends a length as SPOP has it, and the text.
+func appendText(b []byte, s string) []byte {
+	n := len(s)
+	if n < 240 {
+		return append(append(b, byte(n)), s...)
+	}
+	b = append(b, byte(n)|240)
+	for n = (n - 240) >> 4; n >= 128; n = (n - 128) >> 7 {
+		b = append(b, byte(n)|128)
+	}
+	return append(append(b, byte(n)), s...)
+}
+
+// appendPair appends a name, and a string as its value.
+func appendPair(b []byte, name, value string) []byte {
+	return appendText(append(appendText(b, name), 8), value)
+}
+
 // hello says a HAPROXY-HELLO and returns the payload of the answer as text.
 func hello(t *testing.T, addr, capabilities, engineID string) (net.Conn, string) {
 	t.Helper()
-	str := func(b []byte, s string) []byte {
-		switch n := len(s); {
-		case n < 240:
-			b = append(b, byte(n))
-		case n < 240+16<<7:
-			b = append(b, byte(n)|240, byte((n-240)>>4))
-		default:
-			t.Fatal("too long")
-		}
-		return append(b, s...)
-	}
+	return helloOf(t, addr, "2.0", capabilities, engineID)
+}
+
+func helloOf(t *testing.T, addr, versions, capabilities, engineID string) (net.Conn, string) {
+	t.Helper()
 	b := []byte{1, 0, 0, 0, 1, 0, 0} // type, flags with FIN, no ids
-	b = str(append(str(b, "supported-versions"), 8), "2.0")
-	b = append(str(b, "max-frame-size"), 3, 0xfc, 0xf0, 0x06) // 16380
-	b = str(append(str(b, "capabilities"), 8), capabilities)
-	b = str(append(str(b, "engine-id"), 8), engineID)
+	b = appendPair(b, "supported-versions", versions)
+	b = append(appendText(b, "max-frame-size"), 3, 0xfc, 0xf0, 0x06) // 16380
+	b = appendPair(b, "capabilities", capabilities)
+	b = appendPair(b, "engine-id", engineID)
 	nc, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -435,48 +460,35 @@ func TestHandlerTimeout(t *testing.T) {
 	}
 }
 
-// Whoever reads the log may end or stand still: answers go on, and so does the end.
+// Whoever reads the log may end or stand still, also while every frame is logged
+// and HAProxy asks on: answers go on, and so does the end.
 func TestLogReader(t *testing.T) {
 	for name, gone := range map[string]bool{"ends": true, "stands still": false} {
 		t.Run(name, func(t *testing.T) {
 			dir := shortTempDir(t)
-			sock := filepath.Join(dir, "s")
-			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer r.Close()
-			if gone {
-				r.Close()
-			}
-			cmd := asCommand(t, "-listen", "unix:"+sock, "-metrics", "unix:"+filepath.Join(dir, "m"), "-d", "-drain", "10ms")
-			cmd.Stderr = w
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			w.Close()
-			ended := make(chan error, 1)
-			go func() { ended <- cmd.Wait() }()
-			defer cmd.Process.Kill()
+			sock, web, list := filepath.Join(dir, "s"), filepath.Join(dir, "m"), filepath.Join(dir, "list")
+			writeFile(t, list, "192.0.2.1\n")
+			cmd, ended := startUnread(t, gone, "-listen", "unix:"+sock, "-metrics", "unix:"+web, "-d", "-log-level", "debug",
+				"-drain", "100ms", "-reputation", list, "-reputation", chatty(t))
 			eventually(t, "an agent", func() bool { return spoa.Check(t.Context(), "unix", sock) == nil })
-			c, err := spoa.Dial(t.Context(), "unix", sock)
-			if err != nil {
-				t.Fatal(err)
+			var answered atomic.Int64
+			var load sync.WaitGroup
+			for range 4 {
+				load.Go(func() { askOn(t, sock, &answered) })
 			}
-			defer c.Close()
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
-				spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
-			for range 1000 { // each is a line of 4 kB and more
-				if _, err := c.Notify(ctx, m); err != nil {
-					t.Fatal(err)
-				}
-			}
-			text := fetch(t, unixClient(filepath.Join(dir, "m")), "/metrics")
-			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(text) {
+			eventually(t, "answers", func() bool { return answered.Load() > 1000 }) // each is a line of 4 kB and more
+			if !regexp.MustCompile(`(?m)^spoa_log_lines_dropped_total [1-9]`).MatchString(fetch(t, unixClient(web), "/metrics")) {
 				t.Error("want lines dropped and counted")
 			}
+			writeFile(t, list, "192.0.2.1\n192.0.2.2\n")
+			if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the list", func() bool {
+				return strings.Contains(fetch(t, unixClient(web), "/metrics"), `kind="reputation",list="list"} 2`)
+			})
+			before := answered.Load()
+			eventually(t, "more answers", func() bool { return answered.Load() > before+1000 })
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
@@ -485,10 +497,72 @@ func TestLogReader(t *testing.T) {
 				if err != nil {
 					t.Errorf("want status 0, have %v", err)
 				}
-			case <-ctx.Done():
+			case <-time.After(patience):
 				t.Error("want the end after SIGTERM")
+				cmd.Process.Kill()
 			}
+			load.Wait()
 		})
+	}
+}
+
+// chatty is the URL of a list whose server says more than it was asked for.
+func chatty(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		nc, b, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer nc.Close()
+		b.WriteString("HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n198.51.100.1\r\n\x1b[31mmore\n\xff")
+		b.Flush()
+		io.Copy(io.Discard, nc) // until the client closes
+	}))
+	t.Cleanup(server.Close)
+	return server.URL + "/chatty.txt"
+}
+
+// startUnread runs the command with a standard error that is closed, or that nobody
+// reads.
+func startUnread(t *testing.T, closed bool, args ...string) (cmd *exec.Cmd, ended <-chan error) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	t.Cleanup(func() { r.Close() })
+	if closed {
+		r.Close()
+	}
+	cmd = asCommand(t, args...)
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	t.Cleanup(func() { cmd.Process.Kill() })
+	return cmd, done
+}
+
+// askOn sends NOTIFYs until the agent closes the connection, and counts the answers.
+func askOn(t *testing.T, sock string, answered *atomic.Int64) {
+	c, err := spoa.Dial(t.Context(), "unix", sock)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer c.Close()
+	m := spoa.NewMessage(message, spoa.Arg{Name: "ip", Value: spoa.Addr(netip.MustParseAddr("192.0.2.1"))},
+		spoa.Arg{Value: spoa.String(strings.Repeat("x", 4000))})
+	for {
+		if _, err := c.Notify(t.Context(), m); err != nil {
+			return
+		}
+		answered.Add(1)
 	}
 }
 

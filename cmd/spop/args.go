@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -26,8 +25,6 @@ HAProxy's "args src". An integer of HAProxy's always is an int.
   ip:192.0.2.1       ip:2001:db8::1     hex:00ff (a bin)
 `
 
-const argForm = "want [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1"
-
 // parseMessage parses MESSAGE [NAME=]TYPE:VALUE...
 func parseMessage(words []string) (*spoa.Message, error) {
 	if len(words) == 0 || words[0] == "" {
@@ -40,89 +37,45 @@ func parseMessage(words []string) (*spoa.Message, error) {
 	for i, w := range words[1:] {
 		var err error
 		if args[i], err = parseArg(w); err != nil {
-			return nil, err
+			return nil, misuse("argument %q: %v", w, err)
 		}
 	}
 	return spoa.NewMessage(words[0], args...), nil
 }
 
-func parseArg(word string) (a spoa.Arg, err error) {
-	typed := word
-	if i := strings.IndexAny(word, "=:"); i >= 0 && word[i] == '=' {
-		a.Name, typed = word[:i], word[i+1:]
-	}
-	kind, text, ok := strings.Cut(typed, ":")
+// parseArg parses a word of the command line, whose value is as it stands: the
+// shell has dealt with quotes.
+func parseArg(word string) (spoa.Arg, error) {
+	text := word
+	head, value, typed := strings.Cut(word, ":")
 	switch {
-	case typed == "null":
-		return a, nil
-	case !ok && strings.HasPrefix(word, "-"):
-		return a, misuse("argument %q: want flags before MESSAGE", word)
-	case !ok || kind == "null":
-		return a, misuse("argument %q: %s", word, argForm)
-	}
-	if a.Value, err = parseValue(kind, text); err != nil {
-		return a, misuse("argument %q: %v", word, err)
-	}
-	return a, nil
-}
-
-func parseValue(kind, text string) (spoa.Value, error) {
-	switch kind {
-	case "bool":
-		if text != "true" && text != "false" {
-			return spoa.Value{}, errors.New("want bool:true or bool:false")
-		}
-		return spoa.Bool(text == "true"), nil
-	case "int", "int64":
-		i, err := parseInt(kind, text, 64)
-		return spoa.Int64(i), err
-	case "int32":
-		i, err := parseInt(kind, text, 32)
-		return spoa.Int32(int32(i)), err
-	case "uint32":
-		u, err := parseUint(kind, text, 32)
-		return spoa.Uint32(uint32(u)), err
-	case "uint64":
-		u, err := parseUint(kind, text, 64)
-		return spoa.Uint64(u), err
-	case "ip":
-		ip, err := netip.ParseAddr(text)
-		if err != nil || ip.Zone() != "" {
-			return spoa.Value{}, errors.New("want an address, such as ip:192.0.2.1 or ip:2001:db8::1")
-		}
-		return spoa.Addr(ip), nil
-	case "str":
-		return spoa.String(text), nil
-	case "bin":
-		if name, ok := strings.CutPrefix(text, "@"); ok {
-			b, err := os.ReadFile(name)
-			return spoa.Binary(b), err
-		}
-		return spoa.Binary([]byte(text)), nil
-	case "hex":
-		b, err := hex.DecodeString(text)
+	case !typed && strings.HasPrefix(word, "-"):
+		return spoa.Arg{}, errors.New("want flags before MESSAGE")
+	case typed && strings.HasPrefix(value, "@") && (head == "bin" || strings.HasSuffix(head, "=bin")):
+		b, err := os.ReadFile(value[1:])
 		if err != nil {
-			return spoa.Value{}, errors.New("want an even number of hexadecimal digits, such as hex:00ff")
+			return spoa.Arg{}, err
 		}
-		return spoa.Binary(b), nil
+		value = string(b)
 	}
-	return spoa.Value{}, fmt.Errorf("no type %q: want null, bool, int, int32, int64, uint32, uint64, ip, str, bin or hex", kind)
+	if typed {
+		text = head + ":" + strconv.Quote(value)
+	}
+	m, err := spoa.ParseMessage("m " + text)
+	switch {
+	case err != nil:
+		return spoa.Arg{}, innermost(err) // which does not name the argument
+	case m.Len() != 1:
+		return spoa.Arg{}, errors.New("want one argument in a word, [NAME=]TYPE:VALUE, such as src=ip:192.0.2.1")
+	}
+	return m.Arg(0), nil
 }
 
-func parseInt(kind, text string, bits int) (int64, error) {
-	i, err := strconv.ParseInt(text, 10, bits)
-	if err != nil {
-		err = fmt.Errorf("want %s: and an integer from -2^%d to 2^%d-1", kind, bits-1, bits-1)
+func innermost(err error) error {
+	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
+		err = inner
 	}
-	return i, err
-}
-
-func parseUint(kind, text string, bits int) (uint64, error) {
-	u, err := strconv.ParseUint(text, 10, bits)
-	if err != nil {
-		err = fmt.Errorf("want %s: and an integer from 0 to 2^%d-1", kind, bits)
-	}
-	return u, err
+	return err
 }
 
 // variable is a flag: SCOPE.NAME.

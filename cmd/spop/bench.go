@@ -13,6 +13,7 @@ import (
 
 	"github.com/HdrHistogram/hdrhistogram-go"
 	"github.com/spoa-go/spoa"
+	"github.com/spoa-go/spoa/cmd/internal/settings"
 )
 
 const benchUsage = `Usage: spop bench [-addr A] [-conns N] [-inflight K] [-duration D] [flags] MESSAGE [NAME=]TYPE:VALUE...
@@ -22,7 +23,7 @@ it goes, elsewhere it prints a line a second, both on standard error. Ctrl-C end
 it early, with the summary.
 
   -addr A       the agent: host:port or unix:/path (default 127.0.0.1:12345)
-  -conns N      connections (default 1)
+  -conns N      connections, 1 to 65536 (default 1)
   -inflight K   NOTIFYs in flight on each, 1 to 1024 (default 20, as HAProxy);
                 1 with an agent that does not announce pipelining
   -duration D   how long (default 10s, without an end if -count is given)
@@ -47,6 +48,7 @@ Exit status: 0 every NOTIFY was answered well, and in time with -p99, 1 not,
 `
 
 const (
+	maxConns    = 1 << 16     // more than a machine has ports for
 	maxInflight = 1024        // the Client's own limit
 	maxLatency  = time.Minute // longer ones count as that
 	maxErrors   = 16          // kinds that are told apart
@@ -110,44 +112,35 @@ func newHistogram() *hdrhistogram.Histogram {
 }
 
 func bench(ctx context.Context, args []string) error {
-	l := &load{common: newCommon(), total: newHistogram(), tick: newHistogram()}
-	l.IntVar(&l.conns, "conns", 1, "")
-	l.IntVar(&l.inflight, "inflight", 20, "")
+	l := &load{common: newCommon(), conns: 1, inflight: 20, total: newHistogram(), tick: newHistogram()}
+	l.Var(settings.Number(&l.conns, 1, maxConns, "a number of connections"), "conns", "")
+	l.Var(settings.Number(&l.inflight, 1, maxInflight, "a number of NOTIFYs"), "inflight", "")
 	l.Float64Var(&l.rate, "rate", 0, "")
 	l.Int64Var(&l.count, "count", 0, "")
 	l.Var(&l.expect, "expect", "")
-	l.DurationVar(&l.p99, "p99", 0, "")
-	l.DurationVar(&l.warmup, "warmup", 0, "")
-	duration := l.Duration("duration", 0, "")
+	l.Var(settings.Period(&l.p99), "p99", "")
+	l.Var(settings.Period(&l.warmup), "warmup", "")
+	var duration time.Duration
+	l.Var(settings.Period(&duration), "duration", "")
 	if err := l.parse(args, benchUsage); err != nil {
 		return err
 	}
 	switch {
-	case l.conns < 1:
-		return misuse("-conns %d: want at least 1", l.conns)
-	case l.inflight < 1 || l.inflight > maxInflight:
-		return misuse("-inflight %d: want 1 to %d", l.inflight, maxInflight)
 	case !(l.rate >= 0 && l.rate <= 1e9):
 		return misuse("-rate %v: want a number of NOTIFYs a second", l.rate)
 	case l.count < 0:
 		return misuse("-count %d: want a number of NOTIFYs", l.count)
-	case *duration < 0:
-		return misuse("-duration %v: want more than 0, such as 10s", *duration)
-	case l.p99 < 0:
-		return misuse("-p99 %v: want more than 0, such as 5ms", l.p99)
-	case l.warmup < 0:
-		return misuse("-warmup %v: want more than 0, such as 1s", l.warmup)
 	case l.warmup > 0 && l.count > 0:
 		return misuse("-warmup and -count: want one of them")
 	}
-	if *duration == 0 && l.count == 0 {
-		*duration = 10 * time.Second
+	if duration == 0 && l.count == 0 {
+		duration = 10 * time.Second
 	}
 	var err error
 	if l.message, err = parseMessage(l.Args()); err != nil {
 		return err
 	}
-	return l.run(ctx, *duration)
+	return l.run(ctx, duration)
 }
 
 func (l *load) run(ctx context.Context, duration time.Duration) error {

@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/spoa-go/spoa"
 	"github.com/spoa-go/spoa/cmd/internal/listen"
+	"github.com/spoa-go/spoa/cmd/internal/settings"
 )
 
 const usage = `Usage: spop notify|check|bench [flags] [MESSAGE [NAME=]TYPE:VALUE...]
@@ -133,10 +135,12 @@ type common struct {
 }
 
 func newCommon() *common {
-	c := &common{FlagSet: flag.NewFlagSet("", flag.ContinueOnError), addr: listen.Addr{Network: "tcp", Address: "127.0.0.1:12345"}}
+	c := &common{
+		FlagSet: flag.NewFlagSet("", flag.ContinueOnError), addr: listen.Addr{Network: "tcp", Address: "127.0.0.1:12345"}, timeout: 5 * time.Second,
+	}
 	c.SetOutput(io.Discard)
 	c.Var(&c.addr, "addr", "")
-	c.DurationVar(&c.timeout, "timeout", 5*time.Second, "")
+	c.Var(settings.Period(&c.timeout), "timeout", "")
 	c.BoolVar(&c.json, "json", false, "")
 	c.BoolVar(&c.tls.on, "tls", false, "")
 	c.StringVar(&c.tls.ca, "tls-ca", "", "")
@@ -156,7 +160,7 @@ func (c *common) parse(args []string, help string) error {
 		return err
 	case err != nil:
 		return misuse("%v: want %s", err, form)
-	case c.timeout <= 0:
+	case c.timeout == 0:
 		return misuse("-timeout %v: want more than 0, such as 5s", c.timeout)
 	}
 	c.tlsConfig, err = c.tls.config(c.addr)
@@ -193,13 +197,11 @@ func (c *common) explain(err error) error {
 
 func notify(ctx context.Context, args []string) error {
 	c := newCommon()
-	n := c.Int("n", 1, "")
+	n := 1
+	c.Var(settings.Number(&n, 1, math.MaxInt32, "a number of times"), "n", "")
 	c.BoolVar(&c.verbose, "v", false, "")
 	if err := c.parse(args, notifyUsage); err != nil {
 		return err
-	}
-	if *n < 1 {
-		return misuse("-n %d: want at least 1", *n)
 	}
 	m, err := parseMessage(c.Args())
 	if err != nil {
@@ -210,7 +212,7 @@ func notify(ctx context.Context, args []string) error {
 		return err
 	}
 	all := 0
-	for range *n {
+	for range n {
 		actions, err := c.notifyOnce(ctx, client, m)
 		if err != nil {
 			return c.explain(err) // an agent that owes an answer would be slow with a farewell too
@@ -267,7 +269,7 @@ func check(ctx context.Context, args []string) error {
 	if h.Capabilities != nil {
 		capabilities = strings.Join(h.Capabilities, ",")
 	}
-	fmt.Printf("version %s\nmax-frame-size %d\ncapabilities %s\n", h.Version, h.MaxFrameSize, capabilities)
+	fmt.Printf("version %s\nmax-frame-size %d\ncapabilities %s\n", printable(h.Version), h.MaxFrameSize, printable(capabilities))
 	return nil
 }
 

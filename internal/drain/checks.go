@@ -10,6 +10,7 @@ const (
 	maxHosts      = 4096            // that are remembered
 	maxEngines    = 64              // of a host that are counted
 	keptGaps      = 8               // between health checks
+	sharers       = 4               // backends, or processes, that may check from one address
 	missedFall    = 3               // refused health checks that take a server out: HAProxy's default
 	checkInterval = 2 * time.Second // between health checks: HAProxy's default
 	checkWindow   = 5 * time.Minute // without a health check: they have ended
@@ -96,16 +97,16 @@ func (cs *Checks) Forgot() bool { return cs.forgot }
 //
 // The longest of the last gaps is nearest to it where several backends, or
 // processes, check from one address. HAProxy spreads their checks evenly, so
-// that even the longest gap may be a fraction of the interval. The engines that
-// send NOTIFYs bound how many backends there are; but up to 3.0 each thread has
-// an engine-id of its own, so the estimate is raised no further than to
-// HAProxy's default.
+// that even the longest gap may be a fraction of the interval: sharers of them
+// are expected, and as many as there are engines that send NOTIFYs. But up to 3.0
+// each thread has an engine-id of its own, so the estimate is raised no further
+// than to HAProxy's default.
 func (k *checker) interval() time.Duration {
 	gap := slices.Max(k.gaps[:])
 	if gap == 0 {
 		return checkInterval
 	}
-	return max(gap, min(gap*time.Duration(len(k.engines)), checkInterval))
+	return max(gap, min(gap*time.Duration(max(sharers, len(k.engines))), checkInterval))
 }
 
 // Missed returns when the host must have missed missedFall health checks, 0 if

@@ -24,13 +24,14 @@ func TestMissed(t *testing.T) {
 		want    time.Duration // 0: not waited for
 	}{
 		{"one check", 1, []time.Duration{10 * time.Second}, 11 * time.Second, 17 * time.Second},
-		{"two", 1, []time.Duration{10 * time.Second, 10200 * ms}, 10300 * ms, 11800 * ms},
+		{"two", 1, []time.Duration{10 * time.Second, 10200 * ms}, 10300 * ms, 13600 * ms},
 		{"the longest gap counts", 1, []time.Duration{0, 3 * time.Second, 4 * time.Second}, 5 * time.Second, 14 * time.Second},
 		{"without NOTIFYs", 0, []time.Duration{10 * time.Second, 12 * time.Second}, 13 * time.Second, 0},
 		{"ended", 1, []time.Duration{10 * time.Second, 12 * time.Second}, 17 * time.Second, 0},
 		{"a gap too long", 1, []time.Duration{time.Second, checkWindow + 2*time.Second}, checkWindow + 3*time.Second, checkWindow + 9*time.Second},
 		{"two backends, evenly spread", 2, []time.Duration{10 * time.Second, 11 * time.Second, 12 * time.Second}, 12 * time.Second, 19 * time.Second},
-		{"four threads, often", 4, []time.Duration{10000 * ms, 10200 * ms}, 10300 * ms, 13600 * ms},
+		{"four backends, one of them used", 1, []time.Duration{10000 * ms, 10500 * ms, 11000 * ms, 11500 * ms}, 12 * time.Second, 18500 * ms},
+		{"five threads, often", 5, []time.Duration{10000 * ms, 10200 * ms}, 10300 * ms, 14200 * ms},
 		{"four threads, seldom", 4, []time.Duration{10 * time.Second, 15 * time.Second}, 16 * time.Second, 31 * time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -25,8 +25,12 @@
 //     QuietTime, or with as many NOTIFYs waiting as HAProxy allows itself
 //     (window), or without a new one for quiet and quietLooks looks.
 //   - Together: connections are parted only while all of the host are ready, and
-//     as many NOTIFYs wait as in the fullest of the last rounds. On a busy
-//     machine silence alone proves little: HAProxy may not have been scheduled.
+//     some NOTIFYs wait, as many as in the fullest of the last rounds, or all are
+//     idle for QuietTime. On a busy machine a shorter silence proves little:
+//     HAProxy may not have been scheduled.
+//   - Full: a connection on which exactly window NOTIFYs wait is parted whatever
+//     the others do. HAProxy sends no more on it before it has the answers, which
+//     leave in one Write with the AGENT-DISCONNECT.
 //   - One by one: those without answers are parted first. Then one that has
 //     answers: they leave in one Write with the AGENT-DISCONNECT, which HAProxy
 //     handles before it sends anything. Whoever these answers reach asks again,
@@ -66,6 +70,7 @@ const (
 	quiet        = 20 * time.Millisecond  // without a NOTIFY: HAProxy sends no more
 	quietNew     = 40 * time.Millisecond  // the same for a connection without a NOTIFY, which HAProxy opened to send one
 	quietLooks   = 5                      // looks in that time, since a process that has not run has seen nothing
+	fullLooks    = 2                      // at a connection that is full before it is parted: it has no more than window
 	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
 	compared     = 3                      // rounds whose waiting NOTIFYs are compared
 	patience     = 20                     // rounds before a host's connections are parted one without the others,
@@ -133,11 +138,12 @@ type Host struct {
 	Until  time.Duration // everything is parted then; 0: no such time
 
 	holding bool
-	began   time.Duration // of the hold
-	bold    bool          // this hold has parted some that were ready
-	retry   time.Duration // when to hold again
-	rounds  int           // that are over
-	most    [compared]uint64
+	began   time.Duration    // of the hold
+	bold    bool             // this hold has parted some that were ready
+	retry   time.Duration    // when to hold again
+	rounds  int              // that are over
+	slot    int              // of most, for this round
+	most    [compared]uint64 // NOTIFYs that waited in this round and the last ones in which any did
 }
 
 // Step decides what is to be done with each of the host's connections. It
@@ -227,6 +233,7 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 		still = still && c.idle(now)
 	}
 	switch enough := h.asMany(waiting) || full || still; {
+	case partFull(now, conns):
 	case anyReady && all && enough:
 		part(now, conns)
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patienceWith(len(conns)) || h.Until > 0):
@@ -261,12 +268,12 @@ func (c *Conn) look(now time.Duration) {
 	c.ready = c.settled && isQuiet
 }
 
-// asMany reports whether n NOTIFYs waiting are as many as in any of the last
-// rounds.
+// asMany reports whether n NOTIFYs waiting are any, and as many as in each of the
+// last rounds.
 func (h *Host) asMany(n uint64) bool {
-	m := &h.most[h.rounds%compared]
+	m := &h.most[h.slot]
 	*m = max(*m, n)
-	return h.rounds >= compared-1 && n >= slices.Max(h.most[:])
+	return n > 0 && h.rounds >= compared-1 && n >= slices.Max(h.most[:])
 }
 
 // patienceWith returns the number of rounds before the host's n connections are
@@ -276,6 +283,28 @@ func patienceWith(n int) int {
 		return patienceMany
 	}
 	return patience
+}
+
+// partFull parts the connections on which as many NOTIFYs wait as HAProxy allows
+// itself, and reports whether there are any. Then the others must be quiet anew.
+func partFull(now time.Duration, conns []*Conn) bool {
+	parted := 0
+	for _, c := range conns {
+		if c.settled && c.held && c.Notifies-c.base == window && c.looks >= fullLooks && parted < perLook {
+			parted++
+			c.Verdict = Part
+		}
+	}
+	if parted > 0 {
+		quietAnew(now, conns)
+	}
+	return parted > 0
+}
+
+func quietAnew(now time.Duration, conns []*Conn) {
+	for _, c := range conns {
+		c.since, c.looks = now, 0
+	}
 }
 
 // part parts the ready connections that have no answers, or else one that has, a
@@ -297,36 +326,32 @@ func part(now time.Duration, conns []*Conn) {
 		}
 		conns[i].Verdict = Part
 	}
-	for _, c := range conns {
-		c.since, c.looks = now, 0
-	}
+	quietAnew(now, conns)
 }
 
-// partReady parts the ready connections that have no answers, and some of those
-// that have: all of them when little time is left. It reports whether that is
-// done.
+// partReady parts the ready connections that have no answers or, if there are
+// none, some of those that have: whoever these answers reach asks again, perhaps
+// on one of the former. When little time is left it parts all that are ready. It
+// reports whether that is done.
 func (h *Host) partReady(conns []*Conn) (done bool) {
-	some := len(conns)
-	if h.Until == 0 {
-		some = 1 + len(conns)/boldParts
-	}
 	quiet := h.rounds < 2*patienceWith(len(conns))
 	parted := 0
-	for _, c := range conns {
-		switch {
-		case !c.ready && (quiet || !c.settled):
-			continue
-		case c.Answered != c.base && some == 0:
-			continue
-		case c.Answered != c.base:
-			some--
+	partSome := func(answers bool, some int) {
+		for _, c := range conns {
+			if parted < some && (c.ready || !quiet && c.settled) && (c.Answered != c.base) == answers {
+				parted++
+				c.Verdict = Part
+			}
 		}
-		if parted++; parted > perLook {
-			return false
-		}
-		c.Verdict = Part
 	}
-	return true
+	partSome(false, perLook)
+	switch {
+	case h.Until > 0:
+		partSome(true, perLook)
+	case parted == 0:
+		partSome(true, min(perLook, 1+len(conns)/boldParts))
+	}
+	return parted < perLook
 }
 
 // release ends the hold.
@@ -340,7 +365,10 @@ func (h *Host) release(now time.Duration, conns []*Conn) {
 	h.holding = false
 	h.retry = now + pause
 	h.rounds++
-	h.most[h.rounds%compared] = 0
+	if h.most[h.slot] > 0 {
+		h.slot = (h.slot + 1) % compared
+		h.most[h.slot] = 0
+	}
 }
 
 // Tick returns the time between two looks of a round at n connections: short

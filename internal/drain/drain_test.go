@@ -97,6 +97,17 @@ func (b *bench) run(d time.Duration, traffic func()) (took time.Duration) {
 	return b.now - start
 }
 
+// eachHold returns what receives n NOTIFYs on c in each hold, for run.
+func (b *bench) eachHold(c *Conn, n uint64) func() {
+	rounds := -1
+	return func() {
+		if b.holding && b.rounds != rounds {
+			rounds = b.rounds
+			b.notify(c, n)
+		}
+	}
+}
+
 func (b *bench) want(want ...Verdict) (next time.Duration) {
 	b.t.Helper()
 	have, next := b.step()
@@ -160,20 +171,20 @@ func TestIdleLooks(t *testing.T) {
 // Thousands that could be parted at once are parted few at a time, whatever the
 // reason, and all of them soon.
 func TestFewAtATime(t *testing.T) {
-	const n = 10 * perLastLook
 	for name, tt := range map[string]struct {
-		host Host
-		look Look
-		most int
+		host    Host
+		look    Look
+		n, most int
 	}{
-		"idle":     {Host{}, idle, perLook},
-		"all idle": {Host{Rounds: true}, idle, perLook},
-		"together": {Host{Rounds: true}, used, perLook},
-		"last":     {Host{Until: 1}, busy, perLastLook},
+		"idle":           {Host{}, idle, 2 * thousand, perLook},
+		"together":       {Host{Rounds: true}, idle, thousand, perLook},
+		"thousands":      {Host{Rounds: true}, idle, 2 * thousand, perLook},
+		"thousands used": {Host{Rounds: true}, used, 2 * thousand, perLook},
+		"last":           {Host{Until: 1}, busy, 2 * thousand, perLastLook},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, tt.host)
-			for range n {
+			for range tt.n {
 				b.add(tt.look)
 			}
 			most, before := 0, 0
@@ -184,8 +195,8 @@ func TestFewAtATime(t *testing.T) {
 			if most > tt.most {
 				t.Errorf("want %d parted at a look at most, have %d", tt.most, most)
 			}
-			if len(b.ended) < n || took > 20*(holdFor+pause) {
-				t.Errorf("want all %d parted soon, have %d after %v", n, len(b.ended), took)
+			if len(b.ended) < tt.n || took > 20*(holdFor+pause) {
+				t.Errorf("want all %d parted soon, have %d after %v", tt.n, len(b.ended), took)
 			}
 		})
 	}
@@ -216,11 +227,28 @@ func TestPartsOnlyReady(t *testing.T) {
 		b.add(fresh)
 	}
 	c := b.conns[0]
-	b.step()
-	b.notify(c, window)
-	b.now += ms
-	if b.step(); !slices.Equal(b.ended, []*Conn{c}) {
+	asks := b.eachHold(c, 5)
+	for len(b.ended) == 0 {
+		b.run(ms, asks)
+	}
+	if !slices.Equal(b.ended, []*Conn{c}) {
 		t.Errorf("want the connection parted that has answers, have %d parted", len(b.ended))
+	}
+}
+
+// A connection is parted, whatever the others do, when as many NOTIFYs wait on it
+// as HAProxy allows itself.
+func TestFull(t *testing.T) {
+	for n, want := range map[uint64]Verdict{window - 1: Keep, window: Part, window + 1: Keep} {
+		b := newBench(t, Host{Rounds: true}, used, busy)
+		b.want(Hold, Hold)
+		b.notify(b.conns[0], n)
+		for range fullLooks {
+			b.now += ms
+			b.want(Keep, Keep)
+		}
+		b.now += ms
+		b.want(want, Keep)
 	}
 }
 
@@ -317,8 +345,34 @@ func TestReadyNew(t *testing.T) {
 // ever.
 func TestNeverUsed(t *testing.T) {
 	b := newBench(t, Host{Rounds: true}, fresh)
-	if took := b.run(10*time.Second, nil); took > compared*(holdFor+pause) {
-		t.Errorf("want it parted within %v, have %v", compared*(holdFor+pause), took)
+	if took := b.run(10*time.Second, nil); took > QuietTime+holdFor+pause {
+		t.Errorf("want it parted within %v, have %v", QuietTime+holdFor+pause, took)
+	}
+}
+
+// A HAProxy that falls silent may be waiting for the CPU: only QuietTime of
+// silence proves that it sends nothing.
+func TestSilence(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	if b.run(QuietTime-ms, nil); len(b.ended) > 0 {
+		t.Errorf("want none parted, have %d", len(b.ended))
+	}
+	if b.run(holdFor+pause, nil); len(b.ended) < 2 {
+		t.Errorf("want both parted, have %d", len(b.ended))
+	}
+}
+
+// Rounds in which nothing waited do not count as rounds to compare with.
+func TestSilentRounds(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	c := b.conns[0]
+	b.run(holdFor+pause, b.eachHold(c, 5))
+	b.run(compared*(holdFor+pause), nil)
+	if b.run(holdFor+pause, b.eachHold(c, 4)); len(b.ended) > 0 {
+		t.Errorf("4 wait, and 5 did in the last round with any: want none parted, have %d", len(b.ended))
+	}
+	if b.run(holdFor+pause, b.eachHold(c, 5)); len(b.ended) != 2 {
+		t.Errorf("5 wait: want both parted, have %d", len(b.ended))
 	}
 }
 
@@ -419,6 +473,33 @@ func TestBold(t *testing.T) {
 	}
 	if b.ended[0] == noisy {
 		t.Error("want the quiet one parted first")
+	}
+}
+
+// The connections of a bold hold that have answers are parted in a later one than
+// those that have none.
+func TestBoldAnswers(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	asks, silent := b.conns[0], b.conns[1]
+	var noisy []*Conn
+	for range boldParts {
+		noisy = append(noisy, b.add(used))
+	}
+	each := b.eachHold(asks, 1)
+	var at []int // rounds
+	b.run(2*patience*(holdFor+pause), func() {
+		each()
+		if b.now%(5*ms) == 0 {
+			for _, c := range noisy {
+				b.notify(c, 1)
+			}
+		}
+		for len(at) < len(b.ended) {
+			at = append(at, b.rounds)
+		}
+	})
+	if !slices.Equal(b.ended, []*Conn{silent, asks}) || len(at) < 2 || at[0] == at[1] {
+		t.Errorf("want the one without answers parted, then in a later round the other: rounds %v", at)
 	}
 }
 

@@ -47,7 +47,7 @@ type Box struct {
 	bytes    int    // that these keep in memory
 	writing  bool   // a goroutine is writing; others only add
 	held     bool   // nothing is written until Release
-	closing  bool   // Close has begun: it is not held any more
+	closing  bool   // Part or Close was called: no hold begins, and Send does not wait
 	closed   bool   // nothing more is accepted
 	broken   bool   // nothing more is written
 	err      error  // why writing failed
@@ -102,7 +102,7 @@ func (b *Box) Send(frames []byte, answers int, now time.Duration) (next []byte, 
 	if !b.writing {
 		next, b.spare = b.spare[:0], next // what was just written is warm in the CPU's cache
 	}
-	for len(b.frames) > MaxUnsent && !b.closed {
+	for len(b.frames) > MaxUnsent && !b.closing && !b.closed {
 		waited = true
 		b.changed.Wait()
 	}
@@ -195,10 +195,10 @@ func (b *Box) forward() {
 	}
 }
 
-// Hold keeps answers from being written until Release, Part or Close.
+// Hold keeps answers from being written until Release or Close.
 func (b *Box) Hold() {
 	b.mu.Lock()
-	b.held = !b.closing && !b.closed
+	b.held = b.held || !b.closing && !b.closed
 	b.changed.Broadcast()
 	b.mu.Unlock()
 }
@@ -212,11 +212,11 @@ func (b *Box) Release() bool {
 	return len(b.frames) > 0 && !b.writing
 }
 
-// Part closes the box with bye as its last frame, if notifies, the number of
-// NOTIFYs received, is still what was seen, and all have an answer. Flush then
-// writes it, in one Write with what was held back. It reports whether the box
-// is closed.
-func (b *Box) Part(bye []byte, seen uint64, notifies *atomic.Uint64) bool {
+// Part prepares for a Close that is to follow, if notifies, the number of NOTIFYs
+// received, is still what was seen, and all have an answer: what is held stays so
+// until then, and the reader waits no more until less is unsent. It reports
+// whether that is done, or the box is closed.
+func (b *Box) Part(seen uint64, notifies *atomic.Uint64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -225,8 +225,7 @@ func (b *Box) Part(bye []byte, seen uint64, notifies *atomic.Uint64) bool {
 	if notifies.Load() != seen || b.answered != seen {
 		return false
 	}
-	b.frames = append(b.frames, bye...)
-	b.closed, b.held = true, false
+	b.closing = true
 	b.changed.Broadcast()
 	return true
 }
@@ -283,7 +282,7 @@ func (b *Box) Abort() {
 // full reports whether no more NOTIFYs may be in flight. The caller must hold
 // mu.
 func (b *Box) full() bool {
-	return !b.closed && (b.pending >= b.window || len(b.frames) > MaxUnsent ||
+	return !b.closed && (b.pending >= b.window || len(b.frames) > MaxUnsent && !b.closing ||
 		b.pending > 0 && (b.bytes >= MaxInFlight || b.total.bytes.Load() >= MaxAllInFlight))
 }
 

@@ -197,29 +197,54 @@ func TestPart(t *testing.T) {
 			b, w := newBox(1)
 			b.Hold()
 			b.Send(frames("a", "b"), 2, 0)
-			if have := b.Part(frame("bye"), tt.seen, &notifies); have != tt.want {
+			if have := b.Part(tt.seen, &notifies); have != tt.want {
 				t.Fatalf("want %v, have %v", tt.want, have)
 			}
-			b.Flush()
-			if !tt.want {
-				w.want(t)
-				return
-			}
-			w.want(t, "a b bye")
-			b.Send(frame("late"), 1, 0) // nothing may follow the goodbye
 			b.Begin(1)
-			answer(b, "later")
-			b.Flush()
+			answer(b, "late")
 			b.Hold()
-			if !b.Part(frame("bye"), 9, &notifies) {
-				t.Error("want it parted for good")
-			}
-			if !b.Close(frame("last"), 1, frame("bye again"), true) {
+			b.Flush()
+			w.want(t) // all wait for Close
+			if !b.Close(frame("last"), 1, frame("bye"), true) {
 				t.Error("want everything written")
 			}
-			w.want(t, "a b bye")
+			if tt.want {
+				w.want(t, "a b late last bye")
+			}
+			if !b.Part(9, &notifies) {
+				t.Error("want it parted for good")
+			}
 		})
 	}
+}
+
+// Who waits until less is unsent goes on when the connection is parted.
+func TestPartWakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, w := newBox(1)
+		b.Hold()
+		sent := make(chan bool, 1)
+		go func() {
+			_, waited := b.Send(frame(strings.Repeat("x", MaxUnsent)), 1, 0)
+			sent <- waited
+		}()
+		synctest.Wait()
+		if len(sent) > 0 {
+			t.Error("want Send to wait")
+		}
+		var notifies atomic.Uint64
+		notifies.Store(1)
+		if !b.Part(1, &notifies) {
+			t.Error("want it parted")
+		}
+		if waited := <-sent; !waited {
+			t.Error("want Send to report that it waited")
+		}
+		if room, open := b.Room(); !room || !open {
+			t.Errorf("want room, for what the reader has read: have %v, open %v", room, open)
+		}
+		w.want(t)
+	})
 }
 
 func TestClose(t *testing.T) {

@@ -145,14 +145,42 @@ func (l Addrs) Listen(mode fs.FileMode) (all []net.Listener, err error) {
 		}
 		opened, err := a.Listen(mode)
 		if err != nil {
-			for _, l := range all {
-				l.Close()
-			}
+			CloseAll(all)
 			return nil, err
 		}
 		all = append(all, opened)
 	}
 	return all, nil
+}
+
+// Open opens the addresses behind the sockets that systemd has passed: all or
+// none. The first passed of them are systemd's. Without any socket or address it
+// opens the fallback.
+func (l Addrs) Open(fallback Addr, mode fs.FileMode) (all []net.Listener, passed int, err error) {
+	defer func() {
+		if err != nil {
+			CloseAll(all)
+		}
+	}()
+	if all, err = Systemd(); err != nil {
+		return all, 0, err
+	}
+	passed = len(all)
+	switch {
+	case passed == 0 && len(l) == 0:
+		l = Addrs{fallback}
+	case passed == 0 && slices.ContainsFunc(l, Addr.IsSystemd):
+		return all, 0, errors.New("-listen systemd: it has passed no socket")
+	}
+	opened, err := l.Listen(mode)
+	return append(all, opened...), passed, err
+}
+
+// CloseAll closes all listeners.
+func CloseAll(all []net.Listener) {
+	for _, l := range all {
+		l.Close()
+	}
 }
 
 // besideIPv4 reports whether a is [::] with a port that an IPv4 address of l has

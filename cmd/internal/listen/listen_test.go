@@ -5,6 +5,7 @@ package listen
 import (
 	"crypto/tls"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"net"
@@ -248,14 +249,34 @@ func TestAccess(t *testing.T) {
 		want string
 	}{
 		{tcp("127.0.0.1"), nil, "this machine only"},
-		{&net.UnixAddr{Name: "/s", Net: "unix"}, &TLS{clientCA: "ca"}, "this machine only"},
+		{&net.UnixAddr{Name: "/s", Net: "unix"}, &TLS{files: TLSFiles{ClientCA: "ca"}}, "this machine only"},
 		{tcp("0.0.0.0"), nil, "there is no authentication"},
 		{tcp("0.0.0.0"), &TLS{}, "TLS without -tls-client-ca"},
-		{tcp("0.0.0.0"), &TLS{clientCA: "ca.pem"}, "clients with a certificate of ca.pem"},
+		{tcp("0.0.0.0"), &TLS{files: TLSFiles{ClientCA: "ca.pem"}}, "clients with a certificate of ca.pem"},
 	} {
 		if have := tc.tls.Access(tc.addr); !strings.Contains(have, tc.want) {
 			t.Errorf("%v: want %q, have %q", tc.addr, tc.want, have)
 		}
+	}
+}
+
+func TestTLSFiles(t *testing.T) {
+	for want, args := range map[string][]string{
+		"-tls-cert and -tls-key need each other": {"-tls-cert", "x"},
+		"-tls-client-ca needs -tls-cert":         {"-tls-client-ca", "x"},
+	} {
+		var f TLSFiles
+		flags := flag.NewFlagSet("", flag.ContinueOnError)
+		f.Register(flags)
+		if err := flags.Parse(args); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Validate(); err == nil || err.Error() != want {
+			t.Errorf("%q: want %q, have %v", args, want, err)
+		}
+	}
+	if certs, err := new(TLSFiles).Load(); certs != nil || err != nil {
+		t.Errorf("without files: want no TLS, have %v, %v", certs, err)
 	}
 }
 
@@ -268,12 +289,12 @@ func TestLoadTLS(t *testing.T) {
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	certs, err := LoadTLS(pem, pem, "")
+	certs, err := (&TLSFiles{Cert: pem, Key: pem}).Load()
 	if err != nil || !certs.Expiry().Equal(leaf.NotAfter) || certs.current.Load().ClientAuth != tls.NoClientCert {
 		t.Errorf("want %v and no client asked for a certificate, have %v", leaf.NotAfter, err)
 	}
 	for _, c := range [][3]string{{pem, absent, ""}, {pem, ca.File("ca"), ""}, {pem, pem, absent}, {pem, pem, empty}} {
-		if _, err := LoadTLS(c[0], c[1], c[2]); err == nil || !strings.Contains(err.Error(), "-tls-") {
+		if _, err := (&TLSFiles{c[0], c[1], c[2]}).Load(); err == nil || !strings.Contains(err.Error(), "-tls-") {
 			t.Errorf("%q: want an error naming the flag, have %v", c, err)
 		}
 	}

@@ -3,6 +3,8 @@ package listen
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -10,19 +12,45 @@ import (
 	"time"
 )
 
-// TLS holds a server's certificate and the authorities of its clients. They may
-// be loaded again while in use. A nil *TLS stands for no TLS. Its errors name
-// the flags -tls-cert, -tls-key and -tls-client-ca.
-type TLS struct {
-	cert, key, clientCA string
-	current             atomic.Pointer[tls.Config]
-	reloads, failures   atomic.Uint64
+// TLSFiles are the files of a server's certificate and of the authorities of its
+// clients. Errors name the flags that Register defines.
+type TLSFiles struct {
+	Cert, Key string // both or none
+	ClientCA  string // empty: any client is let in
 }
 
-// LoadTLS reads certificate and key, and the authorities whose clients alone are
-// let in, unless clientCA is empty.
-func LoadTLS(cert, key, clientCA string) (*TLS, error) {
-	t := &TLS{cert: cert, key: key, clientCA: clientCA}
+// Register defines the flags -tls-cert, -tls-key and -tls-client-ca, which set f.
+func (f *TLSFiles) Register(flags *flag.FlagSet) {
+	flags.StringVar(&f.Cert, "tls-cert", "", "")
+	flags.StringVar(&f.Key, "tls-key", "", "")
+	flags.StringVar(&f.ClientCA, "tls-client-ca", "", "")
+}
+
+// Validate finds files that lack others.
+func (f *TLSFiles) Validate() error {
+	switch {
+	case (f.Cert == "") != (f.Key == ""):
+		return errors.New("-tls-cert and -tls-key need each other")
+	case f.ClientCA != "" && f.Cert == "":
+		return errors.New("-tls-client-ca needs -tls-cert")
+	}
+	return nil
+}
+
+// TLS holds what is in TLSFiles, which may be loaded again while in use. A nil
+// *TLS stands for no TLS.
+type TLS struct {
+	files             TLSFiles
+	current           atomic.Pointer[tls.Config]
+	reloads, failures atomic.Uint64
+}
+
+// Load reads the files. It returns nil if there are none.
+func (f *TLSFiles) Load() (*TLS, error) {
+	if f.Cert == "" {
+		return nil, nil
+	}
+	t := &TLS{files: *f}
 	if err := t.load(); err != nil {
 		return nil, err
 	}
@@ -42,13 +70,13 @@ func (t *TLS) Reload() error {
 }
 
 func (t *TLS) load() error {
-	pair, err := tls.LoadX509KeyPair(t.cert, t.key)
+	pair, err := tls.LoadX509KeyPair(t.files.Cert, t.files.Key)
 	if err != nil {
-		return fmt.Errorf("-tls-cert %s, -tls-key %s: %w", t.cert, t.key, err)
+		return fmt.Errorf("-tls-cert %s, -tls-key %s: %w", t.files.Cert, t.files.Key, err)
 	}
 	conf := &tls.Config{Certificates: []tls.Certificate{pair}}
-	if t.clientCA != "" {
-		if conf.ClientCAs, err = readAuthorities("-tls-client-ca", t.clientCA); err != nil {
+	if t.files.ClientCA != "" {
+		if conf.ClientCAs, err = readAuthorities("-tls-client-ca", t.files.ClientCA); err != nil {
 			return err
 		}
 		conf.ClientAuth = tls.RequireAndVerifyClientCert
@@ -90,8 +118,8 @@ func (t *TLS) Reloads() (ok, failed uint64) { return t.reloads.Load(), t.failure
 func (t *TLS) Access(addr net.Addr) string {
 	tcp, ok := addr.(*net.TCPAddr)
 	switch {
-	case ok && t != nil && t.clientCA != "":
-		return "clients with a certificate of " + t.clientCA
+	case ok && t != nil && t.files.ClientCA != "":
+		return "clients with a certificate of " + t.files.ClientCA
 	case !ok || tcp.IP.IsLoopback():
 		return "this machine only"
 	case t != nil:

@@ -1,6 +1,7 @@
 package reputation
 
 import (
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -27,4 +28,14 @@ func Text(s string) string {
 		end--
 	}
 	return s[:end]
+}
+
+// Printable returns s as it is if all of it is printable, and otherwise escaped as
+// in a string of Go, so that different texts stay different.
+func Printable(s string) string {
+	if utf8.ValidString(s) && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return s
+	}
+	quoted := strconv.Quote(s)
+	return quoted[1 : len(quoted)-1]
 }

@@ -22,6 +22,20 @@ func TestText(t *testing.T) {
 	}
 }
 
+func TestPrintable(t *testing.T) {
+	for s, want := range map[string]string{
+		"":                       "",
+		`a "b" \n ü`:             `a "b" \n ü`,
+		"a\nb\x1b[31m\x00":       `a\nb\x1b[31m\x00`,
+		"\xff\u202e\"":           `\xff\u202e\"`,
+		strings.Repeat("a", 300): strings.Repeat("a", 300),
+	} {
+		if have := Printable(s); have != want {
+			t.Errorf("%q: want %q, have %q", s, want, have)
+		}
+	}
+}
+
 func FuzzText(f *testing.F) {
 	f.Add("a\r\nb\xff")
 	f.Fuzz(func(t *testing.T, s string) {

@@ -33,7 +33,7 @@ func checked(s lists.Stats, now time.Time) string {
 	if !s.URL {
 		return ""
 	}
-	return fmt.Sprintf("checked %s ago, last status %d, next in %s", short(now.Sub(s.Checked)), s.Status, short(s.Next.Sub(now)))
+	return fmt.Sprintf("checked %s, last status %d, next in %s", ago(now, s.Checked), s.Status, short(s.Next.Sub(now)))
 }
 
 // lookupPage is an explanation for people.
@@ -50,7 +50,7 @@ type match struct {
 func newLookupPage(e *explanation, now time.Time) *lookupPage {
 	p := &lookupPage{explanation: e}
 	for _, m := range e.Lists {
-		p.Matches = append(p.Matches, match{m, short(now.Sub(m.Loaded)), short(now.Sub(m.Modified))})
+		p.Matches = append(p.Matches, match{m, ago(now, m.Loaded), ago(now, m.Modified)})
 	}
 	return p
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -82,6 +83,29 @@ func TestLookupPage(t *testing.T) {
 	wantCell(t, readPage(t, w.Body.String()), "list: drop", "prefix: 198.51.96.0/20", "note: <b>SBL1</b>", "decided: yes", "file: "+drop)
 	if have := w.Header().Get("Content-Type"); have != "text/html; charset=utf-8" {
 		t.Errorf("want a page, have %q", have)
+	}
+}
+
+// A new file of a directory that was never in force was never read, and has no
+// age.
+func TestNeverRead(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "good.txt"), "198.51.100.7\n")
+	l, err := lists.Open(t.Context(), lists.Options{Block: []lists.File{{Path: dir}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, "wrong.txt"), "<html>\n")
+	if l.Reload(t.Context()) == nil {
+		t.Fatal("want a reload that fails")
+	}
+	st := New(Config{Conns: noConns, Lists: l})
+	wantCell(t, readPage(t, st.get(t, "/")), "list: wrong", "entries: 0", "read: never", "changed: never")
+	for _, metric := range []string{"age_seconds", "loaded_timestamp_seconds"} {
+		re := regexp.MustCompile(`(?m)^spoa_list_` + metric + `\{.*list="(\w+)"`)
+		if have := re.FindAllStringSubmatch(st.get(t, "/metrics"), -1); len(have) != 1 || have[0][1] != "good" {
+			t.Errorf("spoa_list_%s: want it of the list good only, have %q", metric, have)
+		}
 	}
 }
 

@@ -138,7 +138,7 @@ func (d *pageData) addMessages(st *Status) {
 			continue
 		}
 		p := pageMessage{Name: mm.name, Total: number(total), Failed: number(failed)}
-		for o := outcomeError; o < outcomes; o++ {
+		for o := spoa.FaultError; o < outcomes; o++ {
 			if by[o] > 0 {
 				p.Outcomes = append(p.Outcomes, pageCount{outcomeNames[o], number(by[o])})
 			}
@@ -166,10 +166,10 @@ func (d *pageData) addLists(st *Status, now time.Time) {
 	for _, s := range st.config.Lists.Stats() {
 		p := pageList{
 			Name: s.Name, File: s.File, Kind: listKind(s), Entries: number(float64(s.Entries)), BadLines: s.BadLines,
-			Loaded: short(now.Sub(s.Loaded)), Age: short(now.Sub(s.Modified)), Reloads: s.Reloads, Failures: s.Failures,
+			Loaded: ago(now, s.Loaded), Age: ago(now, s.Modified), Reloads: s.Reloads, Failures: s.Failures,
 			Checked: checked(s, now), Problem: s.Problem, Warnings: s.Warnings,
 		}
-		if c := st.verdicts[s.Name]; c != nil && !s.Allow {
+		if c := st.listed(s.Name); c != nil && !s.Allow {
 			p.Verdicts = number(value(c))
 		}
 		d.Lists = append(d.Lists, p)
@@ -231,6 +231,14 @@ func short(d time.Duration) string {
 		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
 	}
 	return fmt.Sprintf("%dd%dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
+}
+
+// ago says how long before now t was. The zero time never was.
+func ago(now, t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return short(now.Sub(t)) + " ago"
 }
 
 // seconds is a time that a handler took, to three digits.

@@ -14,8 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -47,9 +45,11 @@ type Status struct {
 	draining atomic.Bool
 
 	messages map[string]*messageMetrics
-	other    *messageMetrics // of all other messages
-	verdicts map[string]prometheus.Counter
+	other    *messageMetrics               // of all other messages
+	verdicts map[string]prometheus.Counter // by list or other source that was there at the start
 	verdict  *prometheus.CounterVec
+	lateMu   sync.RWMutex
+	late     map[string]prometheus.Counter // by list that came later; guarded by lateMu
 	unlisted prometheus.Counter
 	random   prometheus.Counter
 	opened   prometheus.Counter
@@ -70,17 +70,10 @@ type messageMetrics struct {
 	now, peak float64 // messages in the last second, and in the busiest one
 }
 
-const (
-	outcomeOK = iota
-	outcomeError
-	outcomePanic
-	outcomeTimeout
-	outcomeOverload
-	outcomeNoHandler
-	outcomes
-)
-
+// outcomeNames are the labels of what becomes of a message, by its fault.
 var outcomeNames = [outcomes]string{"ok", "error", "panic", "timeout", "overload", "no_handler"}
+
+const outcomes = spoa.FaultNoHandler + 1
 
 // origin is why a connection ended, and who said so.
 type origin struct {
@@ -110,6 +103,7 @@ func New(c Config) *Status {
 		started:  time.Now(),
 		messages: make(map[string]*messageMetrics),
 		verdicts: make(map[string]prometheus.Counter),
+		late:     make(map[string]prometheus.Counter),
 		faults:   make(map[origin]prometheus.Counter),
 	}
 	st.registerMessages()
@@ -163,7 +157,7 @@ func (st *Status) registerMessages() {
 
 func (st *Status) registerVerdicts() {
 	verdicts := st.counter("verdicts_total",
-		"Addresses judged: listed (by which list or other source), unlisted (or allowed), or given a random score.", "verdict", "list")
+		"Addresses judged: listed (by which list or other source; \"(other)\" after 1000 names), unlisted (or allowed), or given a random score.", "verdict", "list")
 	random := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "spoa_random_scores", Help: "1 if there is no list or other source: scores are random then, for trying out only.",
 	})
@@ -227,37 +221,19 @@ func (st *Status) Hooks() spoa.Hooks {
 	return spoa.Hooks{
 		ConnOpened: func(spoa.Peer) { st.opened.Inc() },
 		ConnClosed: st.connClosed,
-		Handled:    st.handled,
+		Message:    st.handled,
 	}
 }
 
-func (st *Status) handled(name string, took time.Duration, err error) {
-	mm, ok := st.messages[name]
+func (st *Status) handled(e spoa.MessageEvent) {
+	mm, ok := st.messages[e.Message]
 	if !ok {
 		mm = st.other
 	}
-	o := outcomeOf(err)
-	mm.count[o].Inc()
-	if o != outcomeOverload && o != outcomeNoHandler { // these were not called
-		mm.time.Observe(took.Seconds())
+	mm.count[e.Fault].Inc()
+	if e.Fault != spoa.FaultOverload && e.Fault != spoa.FaultNoHandler { // these were not called
+		mm.time.Observe(e.Took.Seconds())
 	}
-}
-
-func outcomeOf(err error) int {
-	switch {
-	case err == nil:
-		return outcomeOK
-	case errors.Is(err, spoa.ErrNoHandler):
-		return outcomeNoHandler
-	case errors.Is(err, spoa.ErrOverload):
-		return outcomeOverload
-	case errors.Is(err, context.DeadlineExceeded):
-		return outcomeTimeout
-	}
-	if _, ok := errors.AsType[*spoa.PanicError](err); ok {
-		return outcomePanic
-	}
-	return outcomeError
 }
 
 func (st *Status) connClosed(p spoa.Peer, err error) {
@@ -289,14 +265,45 @@ func (st *Status) Judged(list string, listed bool) {
 	case st.random != nil:
 		st.random.Inc()
 	case listed:
-		if c := st.verdicts[list]; c != nil {
-			c.Inc()
-		} else { // a file that came to a directory of lists
-			st.verdict.WithLabelValues("listed", label(list)).Inc()
+		c := st.listed(list)
+		if c == nil {
+			c = st.listedLate(list)
 		}
+		c.Inc()
 	default:
 		st.unlisted.Inc()
 	}
+}
+
+const (
+	// maxListed bounds the names of lists that have a verdict counter of their own:
+	// the files of a directory may have a new name each day.
+	maxListed   = 1000
+	otherListed = "(other)"
+)
+
+// listed returns the verdict counter that a list or other source has of its own,
+// nil if it has none.
+func (st *Status) listed(name string) prometheus.Counter {
+	if c := st.verdicts[name]; c != nil {
+		return c
+	}
+	st.lateMu.RLock()
+	defer st.lateMu.RUnlock()
+	return st.late[name]
+}
+
+// listedLate returns the verdict counter of a list that is new in a directory. It
+// is shared if there have been too many.
+func (st *Status) listedLate(name string) prometheus.Counter {
+	st.lateMu.Lock()
+	defer st.lateMu.Unlock()
+	if len(st.verdicts)+len(st.late) >= maxListed {
+		return st.verdict.WithLabelValues("listed", otherListed)
+	}
+	c := st.verdict.WithLabelValues("listed", label(name))
+	st.late[name] = c
+	return c
 }
 
 // What is looked up only when somebody asks.
@@ -346,8 +353,10 @@ func (st *Status) Collect(ch chan<- prometheus.Metric) {
 		labels := []string{label(s.Name), label(s.File), listKind(s)}
 		send(entriesDesc, prometheus.GaugeValue, float64(s.Entries), labels...)
 		send(badDesc, prometheus.GaugeValue, float64(s.BadLines), labels...)
-		send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
-		send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
+		if !s.Loaded.IsZero() { // a new file of a directory may never have been in force
+			send(ageDesc, prometheus.GaugeValue, time.Since(s.Modified).Seconds(), labels...)
+			send(loadedDesc, prometheus.GaugeValue, float64(s.Loaded.UnixMilli())/1e3, labels...)
+		}
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Reloads), append(labels, "ok")...)
 		send(reloadsDesc, prometheus.CounterValue, float64(s.Failures), append(labels, "failed")...)
 		collectList(s, labels, send)
@@ -368,11 +377,9 @@ func connState(c spoa.ConnInfo) string {
 const maxLabel = 300
 
 // label returns the name of a list, a file or a source as a label: as it is, but
-// for what is not UTF-8, or for people, or endless. Different names stay so.
+// for what is not printable, or endless. Different names stay so.
 func label(s string) string {
-	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
-		s = strings.Trim(strconv.Quote(s), `"`)
-	}
+	s = reputation.Printable(s)
 	if len(s) > maxLabel {
 		h := fnv.New64a()
 		h.Write([]byte(s))
@@ -428,7 +435,7 @@ func (mm *messageMetrics) counts() (total, failed float64, by [outcomes]float64)
 		by[o] = value(c)
 		total += by[o]
 	}
-	return total, total - by[outcomeOK], by
+	return total, total - by[0], by
 }
 
 func value(c prometheus.Counter) float64 { return read(c).GetCounter().GetValue() }

@@ -78,16 +78,13 @@ func wantLines(t *testing.T, text string, lines ...string) {
 
 func TestHandledAllocs(t *testing.T) {
 	st := newTestStatus()
-	for _, err := range []error{
-		nil, spoa.ErrNoHandler, spoa.ErrOverload, context.DeadlineExceeded, errors.New("x"), &spoa.PanicError{},
-		fmt.Errorf("%w", spoa.ErrOverload),
-	} {
+	for f := range outcomes {
 		for _, name := range []string{message, "another"} {
 			if n := testing.AllocsPerRun(100, func() {
-				st.handled(name, time.Millisecond, err)
+				st.handled(spoa.MessageEvent{Message: name, Took: time.Millisecond, Fault: f})
 				st.Judged("", false)
 			}); n != 0 {
-				t.Errorf("%s, %v: want no allocation, have %v", name, err, n)
+				t.Errorf("%s, %v: want no allocation, have %v", name, f, n)
 			}
 		}
 	}
@@ -95,15 +92,13 @@ func TestHandledAllocs(t *testing.T) {
 
 func TestOutcomes(t *testing.T) {
 	st := newTestStatus()
-	for i, err := range []error{
-		nil, errors.New("x"), fmt.Errorf("%w", &spoa.PanicError{}), context.DeadlineExceeded, spoa.ErrOverload, spoa.ErrNoHandler,
-	} {
-		for range i + 1 {
-			st.handled(message, 3*time.Millisecond, err)
+	for f := range outcomes {
+		for range f + 1 {
+			st.handled(spoa.MessageEvent{Message: message, Took: 3 * time.Millisecond, Fault: f})
 		}
 	}
-	st.handled("one", 0, spoa.ErrNoHandler)
-	st.handled("two", 0, spoa.ErrNoHandler)
+	st.handled(spoa.MessageEvent{Message: "one", Fault: spoa.FaultNoHandler})
+	st.handled(spoa.MessageEvent{Message: "two", Fault: spoa.FaultNoHandler})
 	text := st.get(t, "/metrics")
 	wantLines(t, text,
 		`spoa_messages_total{message="check-client-ip",outcome="ok"} 1`,
@@ -408,11 +403,11 @@ func TestPage(t *testing.T) {
 		}
 	}})
 	for i := range 1234 {
-		st.handled(message, time.Duration(i)*time.Microsecond, nil)
+		st.handled(spoa.MessageEvent{Message: message, Took: time.Duration(i) * time.Microsecond})
 	}
 	st.sample()
-	st.handled(message, time.Hour, errors.New("x"))
-	st.handled(message, 0, spoa.ErrOverload)
+	st.handled(spoa.MessageEvent{Message: message, Took: time.Hour, Fault: spoa.FaultError})
+	st.handled(spoa.MessageEvent{Message: message, Fault: spoa.FaultOverload})
 	st.sample()
 	st.connClosed(spoa.Peer{}, &spoa.DisconnectError{Status: spoa.StatusInvalidFrame})
 
@@ -477,7 +472,7 @@ func TestOddNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	st := New(Config{Conns: noConns, Lists: l})
-	st.Judged("a\xff\xfe", true)
+	st.Judged(`a\xff\xfe`, true) // as lists call it
 	text := st.get(t, "/metrics")
 	if !utf8.ValidString(text) || strings.Count(text, "spoa_list_entries{") != len(block) {
 		t.Errorf("want metrics of %d lists in UTF-8, have %q", len(block), text)
@@ -493,6 +488,23 @@ func TestOddNames(t *testing.T) {
 	if a, b := label(strings.Repeat("x", 16000)), label(strings.Repeat("x", 16001)); a == b || len(a) > 2*maxLabel {
 		t.Errorf("want long labels short and different, have %q and %q", a, b)
 	}
+}
+
+// The files of a directory may have new names for ever.
+func TestListedBounded(t *testing.T) {
+	l, _ := openTestLists(t)
+	st := New(Config{Conns: noConns, Lists: l})
+	const odd = 50 // more than there is room for
+	for range 2 {
+		for i := range maxListed + odd - 2 { // two are there from the start
+			st.Judged(fmt.Sprintf("drop-%d", i), true)
+		}
+	}
+	text := st.get(t, "/metrics")
+	if n := strings.Count(text, `spoa_verdicts_total{`); n != maxListed+2 { // and one for others, and one for unlisted
+		t.Errorf("want %d counters, have %d", maxListed+2, n)
+	}
+	wantLines(t, text, `spoa_verdicts_total{list="drop-0",verdict="listed"} 2`, fmt.Sprintf(`spoa_verdicts_total{list="(other)",verdict="listed"} %d`, 2*odd))
 }
 
 func TestFormats(t *testing.T) {

@@ -46,7 +46,8 @@ type kept struct {
 }
 
 func (c cache) path(url string) string {
-	return filepath.Join(c.dir, fmt.Sprintf("%x.list", sha256.Sum256([]byte(url)))[:32])
+	sum := sha256.Sum256([]byte(url))
+	return filepath.Join(c.dir, fmt.Sprintf("%x.list", sum[:16]))
 }
 
 // spool reads what a server sends to its end. What goes wrong with the disk goes

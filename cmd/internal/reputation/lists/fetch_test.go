@@ -314,7 +314,7 @@ func TestCache(t *testing.T) {
 	if _, err := openLists(t, s.options(dir)); err != nil {
 		t.Fatal(err)
 	}
-	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	files, err := filepath.Glob(filepath.Join(dir, "????????????????????????????????.list"))
 	if err != nil || len(files) != 1 {
 		t.Fatalf("want one file, have %v, %v", files, err)
 	}

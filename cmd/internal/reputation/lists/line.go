@@ -278,6 +278,9 @@ func parsePrefix(s []byte) (netip.Prefix, error) {
 	if p, ok := parsePrefix4(s); ok {
 		return p, nil
 	}
+	if p, ok := parsePrefix6(s); ok {
+		return p, nil
+	}
 	if addr, mask, ok := bytes.Cut(s, []byte("/")); ok && bytes.IndexByte(mask, '.') >= 0 {
 		p, ok := parsePrefix4(addr)
 		bits, contiguous := parseMask(mask)
@@ -302,7 +305,7 @@ func parsePrefix(s []byte) (netip.Prefix, error) {
 	return p.Masked(), nil
 }
 
-// parseOther parses what parsePrefix4 leaves.
+// parseOther parses what parsePrefix4 and parsePrefix6 leave.
 func parseOther(s string) (p netip.Prefix, err error) {
 	var addr netip.Addr
 	n := len(s)
@@ -353,6 +356,71 @@ func parsePrefix4(s []byte) (netip.Prefix, bool) {
 		}
 	}
 	return netip.PrefixFrom(netip.AddrFrom4(b), bits).Masked(), len(rest) == 0
+}
+
+// parsePrefix6 parses an IPv6 address in groups of hexadecimal digits, alone or
+// with a prefix length, without the string that netip needs. One that embeds an
+// IPv4 address is left to parseOther.
+func parsePrefix6(s []byte) (netip.Prefix, bool) {
+	text, length, hasLength := bytes.Cut(s, []byte("/"))
+	bits, rest, ok := 128, length, true
+	if hasLength {
+		bits, rest, ok = parseSmall(length, 128)
+	}
+	b, valid := parseGroups(text)
+	addr := netip.AddrFrom16(b)
+	return netip.PrefixFrom(addr, bits).Masked(), ok && valid && len(rest) == 0 && !addr.Is4In6()
+}
+
+// parseGroups parses the groups of an IPv6 address, of which :: stands for one or
+// more that are zero.
+func parseGroups(s []byte) (b [16]byte, ok bool) {
+	n, gap := 0, -1 // bytes written, and those before ::
+	if s, ok = bytes.CutPrefix(s, []byte("::")); ok {
+		gap = 0
+	}
+	for len(s) > 0 && n < len(b) {
+		group, digits := 0, 0
+		for ; digits < min(len(s), 5); digits++ {
+			d := unhex(s[digits])
+			if d < 0 {
+				break
+			}
+			group = group<<4 | d
+		}
+		if digits == 0 || digits > 4 {
+			return b, false
+		}
+		b[n], b[n+1] = byte(group>>8), byte(group)
+		n, s = n+2, s[digits:]
+		switch {
+		case len(s) == 0:
+		case gap < 0 && bytes.HasPrefix(s, []byte("::")):
+			gap, s = n, s[2:]
+		case s[0] == ':' && len(s) > 1:
+			s = s[1:]
+		default:
+			return b, false
+		}
+	}
+	if len(s) > 0 || (n == len(b)) == (gap >= 0) {
+		return b, false
+	}
+	if gap >= 0 {
+		copy(b[len(b)-n+gap:], b[gap:n])
+		clear(b[gap : len(b)-n+gap])
+	}
+	return b, true
+}
+
+func unhex(c byte) int {
+	switch {
+	case '0' <= c && c <= '9':
+		return int(c - '0')
+	case 'a' <= c|0x20 && c|0x20 <= 'f':
+		return int(c|0x20-'a') + 10
+	}
+	return -1
 }
 
 // parseSmall parses up to three digits without a leading zero.

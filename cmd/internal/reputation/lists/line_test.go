@@ -1,9 +1,44 @@
 package lists
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 )
+
+// parsePrefix6 takes what netip does, but for zones and embedded IPv4 addresses,
+// and nothing else.
+func FuzzParsePrefix6(f *testing.F) {
+	for _, s := range []string{
+		"::", "::/0", "::1", "1::", "2001:DB8::/32", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8", "1::8/127",
+		"", ":", ":::", "1:", ":1", "1:::2", "1::2::3", "12345::", "1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "1:2:3:4:5:6:7:8::", "g::",
+		"1::/129", "1::/", "1::/01", "1::/1/2", "::ffff:1:2", "::ffff:192.0.2.1", "::1.2.3.4", "fe80::1%eth0", "1.2.3.4", "2001:db8",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		want, err := netip.ParsePrefix(s)
+		if addr, addrErr := netip.ParseAddr(s); addrErr == nil {
+			want, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+		}
+		have, ok := parsePrefix6([]byte(s))
+		addr := want.Addr()
+		wanted := err == nil && addr.Is6() && !addr.Is4In6() && !strings.ContainsAny(s, ".%")
+		if ok != wanted || ok && have != want.Masked() {
+			t.Errorf("%q: want %v, %v, have %v, %v", s, want.Masked(), wanted, have, ok)
+		}
+	})
+}
+
+// Reading the lines of a list makes no garbage, which would be resident beside it.
+func TestParsePrefixAllocs(t *testing.T) {
+	for _, s := range []string{"192.0.2.1", "192.0.2.0/24", "2001:db8::1", "2001:db8::/32"} {
+		line := []byte(s)
+		if n := testing.AllocsPerRun(100, func() { parsePrefix(line) }); n != 0 {
+			t.Errorf("%s: want no allocation, have %v", s, n)
+		}
+	}
+}
 
 func TestParseLine(t *testing.T) {
 	for _, tc := range []struct {

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/go-kit/log"
 	"github.com/go-kit/log/level"
+	"github.com/spoa-go/spoa/cmd/internal/reputation"
 )
 
 // Options says which lists there are, and how they are kept up to date.
@@ -182,6 +182,7 @@ func newSource(f File, allow bool) *source {
 	if s.name = strings.TrimSuffix(strings.TrimSuffix(base, ".gz"), filepath.Ext(strings.TrimSuffix(base, ".gz"))); s.name == "" {
 		s.name = base
 	}
+	s.name, s.shown = reputation.Printable(s.name), reputation.Printable(s.shown) // both reach terminals and HTTP headers
 	s.stats.Store(&Stats{Name: s.name, File: s.shown, Allow: allow, URL: f.url()})
 	return s
 }
@@ -290,7 +291,7 @@ func (l *Lists) enforce(results []result) {
 		}
 	}
 	if entries >= manyEntries {
-		runtime.GC() // what was before goes before the new table comes
+		debug.FreeOSMemory() // what was before goes before the new table comes, whose place may be another
 	}
 	l.table.Store(newTable(rulers))
 	for _, r := range results {
@@ -324,7 +325,13 @@ func (l *Lists) report(results []result) error {
 
 // warnings says what is to be known of a list that comes into force.
 func (c *content) warnings(s *source, hasAllow bool, before int) (all []string) {
-	warn := func(format string, args ...any) { all = append(all, s.shown+": "+fmt.Sprintf(format, args...)) }
+	warn := func(format string, args ...any) {
+		w := fmt.Sprintf(format, args...)
+		if !strings.HasPrefix(w, s.shown+":") { // as an error that names the line does
+			w = s.shown + ": " + w
+		}
+		all = append(all, w)
+	}
 	if c.numbers > 0 && c.column.Kind == ColumnUnsaid {
 		warn("the numbers behind addresses (%d, the first in line %d) are not used, each address scores %d; to choose, put ,column=KIND "+
 			"behind the list's name, or a comment \"# spoa: column=KIND\" before its first entry; KIND is %s", c.numbers, c.number, s.Score, columnKinds)
@@ -333,8 +340,10 @@ func (c *content) warnings(s *source, hasAllow bool, before int) (all []string) 
 		warn("column=%v, but no address has a number behind it; each scores %d", c.column, s.Score)
 	}
 	switch entries := c.set.len(); {
-	case c.lines == 0:
+	case c.lines == 0 && before > 0:
 		warn("no entries, a list of nothing; it had %d", before)
+	case c.lines == 0:
+		warn("no entries, a list of nothing")
 	case entries == 0:
 		warn("no entries: none of %d reaches %v", c.lines, c.column)
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -400,12 +401,14 @@ func (t *tail) note(prefix netip.Prefix) {
 }
 
 // grow returns the capacity that will do for the whole list, judged by what has
-// been read of it, so that little is allocated only to be copied.
+// been read of it, so that little is allocated only to be copied. The fewer the
+// entries, the less they say of the whole, and the more room is left.
 func (p *parser) grow(length int) int {
 	least := max(64, length+length/4)
 	read := p.raw.n - int64(p.in.Buffered()) // or a little more of a compressed list
-	if p.size == 0 || read < 16*sniffed {
+	if p.size == 0 || read < 4*sniffed {
 		return 2 * least
 	}
-	return max(least, int(float64(length)*1.02*float64(p.size)/float64(read)))
+	n := float64(length)
+	return max(least, int(1.01*(n+3*math.Sqrt(n))*float64(p.size)/float64(read)))
 }

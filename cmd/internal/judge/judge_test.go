@@ -1,9 +1,12 @@
-package main
+package judge
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -16,16 +19,62 @@ import (
 
 	"github.com/go-kit/log"
 	"github.com/spoa-go/spoa"
-	"github.com/spoa-go/spoa/cmd/internal/reputation"
 	"github.com/spoa-go/spoa/cmd/internal/reputation/mmdb/mmdbtest"
+	"github.com/spoa-go/spoa/cmd/internal/settings"
 )
 
-func TestSourceFlags(t *testing.T) {
+// load fills a Config as the command does.
+func load(args, environ []string) (*Config, error) {
+	c := DefaultConfig()
+	flags := flag.NewFlagSet("spoa", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	c.Register(flags)
+	if _, err := settings.Load(flags, args, environ); err != nil {
+		return nil, err
+	}
+	_, err := c.Validate()
+	return &c, err
+}
+
+// configure fills a Config from flags that are right.
+func configure(t testing.TB, args ...string) *Config {
+	t.Helper()
+	c, err := load(args, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// open opens a Config that can be opened, with what its sources must know.
+func open(t testing.TB, c *Config, logger log.Logger) *Judge {
+	t.Helper()
+	j, err := c.Open(t.Context(), logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.sources.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return j
+}
+
+func writeFile(t testing.TB, name, text string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestBadFlags(t *testing.T) {
+	list := writeFile(t, "list", "192.0.2.1\n")
 	for flags, want := range map[string]string{
 		"-crowdsec http://127.0.0.1:1": "-crowdsec needs -crowdsec-key",
 		"-crowdsec-key x":              "-crowdsec-key needs -crowdsec",
 		"-crowdsec http://127.0.0.1:1 -crowdsec-key /no/such/file": "-crowdsec-key: open /no/such/file",
-		"-crowdsec 127.0.0.1:1 -crowdsec-key /dev/null":            "-crowdsec: ",
+		"-crowdsec 127.0.0.1:1 -crowdsec-key " + list:              "-crowdsec: ",
 		"-crowdsec-interval 0s":                                    "-crowdsec-interval 0s: want more than 0",
 		"-crowdsec-score ban=101":                                  "want TYPE=SCORE",
 		"-budget -1ms":                                             "flag -budget: want a time",
@@ -38,15 +87,34 @@ func TestSourceFlags(t *testing.T) {
 		"-mmdb /no/such/file":                                      "-mmdb: /no/such/file: ",
 		"-monitor":                                                 "-monitor and -replay need something to judge by",
 		"-replay -":                                                "-monitor and -replay need something to judge by",
-		"-replay /no/such/file -dnsbl bl.example -dns 127.0.0.1:53": "-replay: open /no/such/file",
+		"-random -allow " + list:                                   "-random and lists or other sources: want one of them",
+		"-random=false":                                            "want -reputation FILE, or -random to try out",
+		"-random=maybe":                                            "-random",
+		"-reputation " + list + "=101":                             "-reputation",
+		"-reputation " + list + " -reputation " + list + "=7": "-reputation " + list + ": given twice",
+		"-allow " + list + " -allow " + list:                  "-allow " + list + ": given twice",
+		"-refresh 1s":                                         "-refresh 1s: want at least 1m",
+		"-lookup 8.8.8":                                       `-lookup "8.8.8": want an address`,
+		"-reputation " + writeFile(t, "bad", "x\n"):           "bad",
 	} {
-		var stdout, stderr bytes.Buffer
-		args := append(strings.Fields(flags), "-check")
-		if strings.Contains(flags, "-replay /") {
-			args = strings.Fields(flags)
+		c, err := load(strings.Fields(flags), nil)
+		if err == nil {
+			_, err = c.Open(t.Context(), log.NewNopLogger())
 		}
-		if code := realMain(args, &stdout, &stderr); code == 0 || !strings.Contains(stderr.String(), want) {
-			t.Errorf("%s: want %q, have %d, %s%s", flags, want, code, &stdout, &stderr)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: want %q, have %v", flags, want, err)
+		}
+	}
+	err := configure(t, "-replay", "/no/such/file", "-allow", list).WriteReplay(t.Context(), io.Discard, log.NewNopLogger())
+	if err == nil || !strings.Contains(err.Error(), "-replay: open /no/such/file") {
+		t.Errorf("want the log named, have %v", err)
+	}
+}
+
+func TestNotes(t *testing.T) {
+	for args, want := range map[string]int{"": 1, "-random": 0, "-allow list": 0} {
+		if notes, err := configure(t, strings.Fields(args)...).Validate(); err != nil || len(notes) != want {
+			t.Errorf("%q: want %d notes, have %q, %v", args, want, notes, err)
 		}
 	}
 }
@@ -62,10 +130,7 @@ func TestCrowdSecKey(t *testing.T) {
 		w.Write([]byte(`{"new":null,"deleted":null}`))
 	}))
 	defer api.Close()
-	path := filepath.Join(t.TempDir(), "key")
-	if err := os.WriteFile(path, []byte("from-file\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	path := writeFile(t, "key", "from-file\n")
 	for _, test := range []struct {
 		env, want string
 		args      []string
@@ -75,17 +140,11 @@ func TestCrowdSecKey(t *testing.T) {
 		{"from-env", "from-file", []string{"-crowdsec-key", path}},
 	} {
 		t.Setenv("SPOA_CROWDSEC_KEY", test.env)
-		c, err := parse(append(test.args, "-crowdsec", api.URL), os.Environ())
+		c, err := load(append(test.args, "-crowdsec", api.URL), os.Environ())
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := c.openSources(nil, log.NewNopLogger())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.prepare(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		open(t, c, log.NewNopLogger())
 		mu.Lock()
 		if key != test.want {
 			t.Errorf("environment %q, %v: want %s, have %s", test.env, test.args, test.want, key)
@@ -96,7 +155,7 @@ func TestCrowdSecKey(t *testing.T) {
 
 // withSources returns a handler with a list, a CrowdSec, a database and a list of
 // networks.
-func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerFunc, *verdicts) {
+func withSources(t testing.TB, logger log.Logger, counter Counter, args ...string) spoa.HandlerFunc {
 	t.Helper()
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		type m = map[string]any
@@ -105,57 +164,40 @@ func withSources(t testing.TB, out *bytes.Buffer, args ...string) (spoa.HandlerF
 		}}})
 	}))
 	t.Cleanup(api.Close)
-	dir := t.TempDir()
-	file := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	places := filepath.Join(dir, "places.mmdb")
+	places := filepath.Join(t.TempDir(), "places.mmdb")
 	mmdbtest.Write(t, places, mmdbtest.Networks{
 		"203.0.113.0/25": mmdbtest.ASN(64496, "Bad Network"), "203.0.113.128/25": mmdbtest.Country("CH"),
 	})
-	c, err := parse(append(args, "-reputation", file("block.txt", "203.0.113.1\n203.0.113.2\n")+"=10", "-allow", file("office.txt", "203.0.113.9\n"),
-		"-crowdsec", api.URL, "-crowdsec-key", file("key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	logger := log.NewNopLogger()
-	if out != nil {
-		logger = log.NewLogfmtLogger(log.NewSyncWriter(out))
-	}
-	l, err := c.openLists(t.Context(), log.NewNopLogger())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := c.openSources(l, logger)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.prepare(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	v := new(verdicts)
-	return checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny)), v
+	c := configure(t, append(args, "-reputation", writeFile(t, "block.txt", "203.0.113.1\n203.0.113.2\n")+"=10", "-allow", writeFile(t, "office.txt", "203.0.113.9\n"),
+		"-crowdsec", api.URL, "-crowdsec-key", writeFile(t, "key", "sesame"), "-mmdb", places, "-asn", "64496=40", "-country", "CH=60")...)
+	return open(t, c, logger).Handler(0, counter)
 }
 
-// verdicts is what a scorer reports.
+// verdicts is a Counter.
 type verdicts struct {
-	source string
-	listed bool
+	judged []string
 	denied int
 }
 
-func (v *verdicts) judged(source string, listed bool) { v.source, v.listed = source, listed }
-func (v *verdicts) wouldDeny()                        { v.denied++ }
+// Judged implements Counter.
+func (v *verdicts) Judged(source string, listed bool) {
+	v.judged = append(v.judged, fmt.Sprint(source, " ", listed))
+}
+
+// WouldDeny implements Counter.
+func (v *verdicts) WouldDeny() { v.denied++ }
+
+// uncounted is a Counter of nothing.
+type uncounted struct{}
+
+func (uncounted) Judged(string, bool) {}
+func (uncounted) WouldDeny()          {}
 
 // variables asks the handler for an address.
 func variables(t *testing.T, h spoa.HandlerFunc, addr string) map[string]string {
 	t.Helper()
 	var a spoa.Actions
-	m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+	m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
 	if err := h(t.Context(), m, &a); err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +213,7 @@ func variables(t *testing.T, h spoa.HandlerFunc, addr string) map[string]string 
 }
 
 func TestSourceVariables(t *testing.T) {
-	h, _ := withSources(t, nil)
+	h := withSources(t, log.NewNopLogger(), uncounted{})
 	for addr, want := range map[string]map[string]string{
 		"203.0.113.1": {
 			"ip_score": "10", "ip_list": "block", "ip_reason": "list block", "ip_sources": "block,asn,crowdsec", "ip_missing": "",
@@ -212,27 +254,19 @@ func TestSourceVariablesOfCountriesAlone(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "places.mmdb")
 	write := func(networks mmdbtest.Networks) { mmdbtest.Write(t, path, networks) }
 	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.Country("CH")})
-	c, err := parse([]string{"-mmdb", path, "-country", "CH=60"}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := c.openSources(nil, log.NewNopLogger())
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := new(verdicts)
-	h := checkClientIP(0, finder{}, s.scorer(v.judged, v.wouldDeny))
+	j := open(t, configure(t, "-mmdb", path, "-country", "CH=60"), log.NewNopLogger())
+	h := j.Handler(0, uncounted{})
 	want := map[string]string{"ip_score": "60", "ip_list": "country", "ip_reason": "country CH", "ip_sources": "country", "ip_country": "CH"}
 	if have := variables(t, h, "203.0.113.1"); !maps.Equal(want, have) {
 		t.Errorf("want %v, have %v", want, have)
 	}
 	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.ASN(64496, "Some Network")})
-	s.reloadAll()
+	j.Reload(t.Context())
 	if have := variables(t, h, "203.0.113.1")["ip_asn"]; have != "64496" {
 		t.Errorf("ip_asn: want 64496, have %q", have)
 	}
 	write(mmdbtest.Networks{"203.0.113.0/24": mmdbtest.Country("CH")})
-	s.reloadAll()
+	j.Reload(t.Context())
 	want["ip_asn"], want["ip_org"] = "", ""
 	if have := variables(t, h, "203.0.113.1"); !maps.Equal(want, have) {
 		t.Errorf("want %v, have %v", want, have)
@@ -241,15 +275,16 @@ func TestSourceVariablesOfCountriesAlone(t *testing.T) {
 
 func TestMonitor(t *testing.T) {
 	var b bytes.Buffer
-	h, judged := withSources(t, &b, "-monitor")
+	var counted verdicts
+	h := withSources(t, log.NewLogfmtLogger(log.NewSyncWriter(&b)), &counted, "-monitor")
 	for addr, score := range map[string]string{"203.0.113.1": "10", "203.0.113.3": "40", "192.0.2.1": "100"} {
 		have := variables(t, h, addr)
 		if have["ip_score"] != "100" || have["ip_monitor"] != score || have["ip_decision"] != "" {
 			t.Errorf("%s: want score 100, monitored %s, no decision, have %v", addr, score, have)
 		}
 	}
-	if n := strings.Count(b.String(), "would deny"); n != 1 || judged.denied != 1 {
-		t.Errorf("would deny: want 1, have %d logged, %d counted", n, judged.denied)
+	if n := strings.Count(b.String(), "would deny"); n != 1 || counted.denied != 1 {
+		t.Errorf("would deny: want 1, have %d logged, %d counted", n, counted.denied)
 	}
 	want := `addr=203.0.113.1 score=10 reason="list block" sources=block,asn,crowdsec`
 	if !strings.Contains(b.String(), want) {
@@ -260,10 +295,10 @@ func TestMonitor(t *testing.T) {
 // A verdict costs no allocation but those of the actions themselves, which the
 // library reuses between NOTIFYs.
 func TestSourcesAllocateNothing(t *testing.T) {
-	h, _ := withSources(t, nil)
+	h := withSources(t, log.NewNopLogger(), uncounted{})
 	ctx := context.Background()
 	for _, addr := range []string{"203.0.113.1", "203.0.113.9", "203.0.113.200", "192.0.2.1"} {
-		m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+		m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
 		var first spoa.Actions
 		if err := h(ctx, m, &first); err != nil {
 			t.Fatal(err)
@@ -295,95 +330,54 @@ func TestSourcesAllocateNothing(t *testing.T) {
 	}
 }
 
-func TestSourcesLookUp(t *testing.T) {
-	dir := t.TempDir()
-	places := filepath.Join(dir, "places.mmdb")
-	mmdbtest.Write(t, places, mmdbtest.Networks{"203.0.113.0/24": mmdbtest.ASN(64496, "Bad Network")})
-	var stdout, stderr bytes.Buffer
-	if code := realMain([]string{"-lookup", "203.0.113.1", "-mmdb", places, "-asn", "64496=40"}, &stdout, &stderr); code != 0 {
-		t.Fatalf("have %d, %s", code, &stderr)
+// A Judge by chance has nothing to keep up to date.
+func TestChance(t *testing.T) {
+	j := open(t, configure(t), log.NewNopLogger())
+	if j.Lists() != nil || j.Sources() != nil || len(j.Tasks()) > 0 {
+		t.Errorf("want no lists, sources and tasks, have %v, %v, %d", j.Lists(), j.Sources(), len(j.Tasks()))
 	}
-	want := `203.0.113.1: listed, score 40, network AS64496, network AS64496 Bad Network
-   SOURCE  STATE   SCORE  REASON
-*  asn     listed  40     network AS64496
-`
-	if have := stdout.String(); have != want {
-		t.Errorf("want %s, have %s", want, have)
-	}
+	j.Prepare(t.Context())
+	j.Reload(t.Context())
 }
 
-func TestReplay(t *testing.T) {
-	dir := t.TempDir()
-	file := func(name, text string) string {
-		path := filepath.Join(dir, name)
+// Reload reads files again that no task has looked at.
+func TestReload(t *testing.T) {
+	networks := writeFile(t, "networks", "AS64496\n")
+	list := writeFile(t, "list", "192.0.2.1\n")
+	places := filepath.Join(t.TempDir(), "places.mmdb")
+	mmdbtest.Write(t, places, mmdbtest.Networks{"203.0.113.0/24": mmdbtest.ASN(64497, "Other Network")})
+	j := open(t, configure(t, "-mmdb", places, "-asn", networks+"=40", "-reputation", list), log.NewNopLogger())
+	if n := len(j.Tasks()); n != 3 {
+		t.Errorf("want tasks for a list, a database and networks, have %d", n)
+	}
+	h := j.Handler(0, uncounted{})
+	for addr, want := range map[string]string{"203.0.113.1": "100", "192.0.2.2": "100"} {
+		if have := variables(t, h, addr)["ip_score"]; have != want {
+			t.Errorf("%s before: want %s, have %s", addr, want, have)
+		}
+	}
+	for path, text := range map[string]string{networks: "AS64496\nAS64497\n", list: "192.0.2.1\n192.0.2.2\n"} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return path
 	}
-	args := []string{
-		"-reputation", file("one.txt", "203.0.113.0/24\n"), "-reputation", file("two.txt", "203.0.113.1\n"), "-allow", file("office.txt", "203.0.113.9\n"),
-		"-replay", file("log", "203.0.113.1\n203.0.113.1\n203.0.113.2\n203.0.113.9\n192.0.2.1\n"),
+	j.Reload(t.Context())
+	for addr, want := range map[string]string{"203.0.113.1": "40", "192.0.2.2": "0"} {
+		if have := variables(t, h, addr)["ip_score"]; have != want {
+			t.Errorf("%s after: want %s, have %s", addr, want, have)
+		}
 	}
-	var stdout, stderr bytes.Buffer
-	if code := realMain(args, &stdout, &stderr); code != 0 {
-		t.Fatalf("have %d, %s", code, &stderr)
-	}
-	want := `
-  requests  addresses
-         5          4  in the log
-         3          2  denied, with a score below 20
-         1          1  allowed by a list
-         0          0  passed, but a source had no answer
-
-Denied by each source, and by it alone:
-
-  requests  addresses  alone
-         3          2      1  one
-         2          1      0  two
-`
-	if have := "\n" + stdout.String(); have != want {
-		t.Errorf("want %s\nhave %s", want, have)
-	}
-}
-
-func TestSourcesNone(t *testing.T) {
-	c, err := parse(nil, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if s, err := c.openSources(nil, log.NewNopLogger()); s != nil || err != nil {
-		t.Errorf("want none, have %v, %v", s, err)
-	}
-	var s *sources
-	if s.combined() != (*reputation.Combined)(nil) || s.count() != 0 {
-		t.Error("no sources: want nothing")
-	}
-	s.reloadAll()
-	s.addTo(nil)
 }
 
 // BenchmarkHandler is a verdict by lists alone, and by all sources.
 func BenchmarkHandler(b *testing.B) {
 	ctx := context.Background()
-	all, _ := withSources(b, nil)
-	c, err := parse([]string{"-reputation", os.DevNull}, nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	path := filepath.Join(b.TempDir(), "block.txt")
-	if err := os.WriteFile(path, []byte("203.0.113.1\n"), 0o600); err != nil {
-		b.Fatal(err)
-	}
-	c.reputation[0].Path = path
-	l, err := c.openLists(ctx, log.NewNopLogger())
-	if err != nil {
-		b.Fatal(err)
-	}
-	lists := checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
+	all := withSources(b, log.NewNopLogger(), uncounted{})
+	c := configure(b, "-reputation", writeFile(b, "block.txt", "203.0.113.1\n"))
+	lists := open(b, c, log.NewNopLogger()).Handler(0, uncounted{})
 	for name, h := range map[string]spoa.HandlerFunc{"lists": lists, "all": all} {
 		for _, addr := range []string{"192.0.2.1", "203.0.113.1"} {
-			m := spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
+			m := spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(netip.MustParseAddr(addr))})
 			b.Run(name+"/"+addr, func(b *testing.B) {
 				for b.Loop() {
 					var a spoa.Actions

@@ -1,7 +1,6 @@
-package main
+package judge
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -49,11 +48,11 @@ func BenchmarkVerdict(b *testing.B) {
 		{"decisions", slices.Concat(lists, decisions)},
 		{"all", slices.Concat(lists, decisions, []string{"-mmdb", places, "-country", "ZZ=0"})},
 	} {
-		h := handlerOf(b, test.args)
+		h := open(b, configure(b, test.args...), log.NewNopLogger()).Handler(0, uncounted{})
 		for _, clients := range []int{1_000, 1 << 20} {
 			messages := make([]*spoa.Message, clients)
 			for i := range messages {
-				messages[i] = spoa.NewMessage(message, spoa.Arg{Value: spoa.Addr(randomAddr(r))})
+				messages[i] = spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(randomAddr(r))})
 			}
 			b.Run(fmt.Sprintf("%s/%d", test.name, clients), func(b *testing.B) {
 				for i := 0; b.Loop(); i++ {
@@ -65,30 +64,6 @@ func BenchmarkVerdict(b *testing.B) {
 			})
 		}
 	}
-}
-
-// handlerOf returns the handler of a command with these arguments.
-func handlerOf(b *testing.B, args []string) spoa.HandlerFunc {
-	b.Helper()
-	c, err := parse(args, nil)
-	if err != nil {
-		b.Fatal(err)
-	}
-	l, err := c.openLists(context.Background(), log.NewNopLogger())
-	if err != nil {
-		b.Fatal(err)
-	}
-	s, err := c.openSources(l, log.NewNopLogger())
-	if err != nil {
-		b.Fatal(err)
-	}
-	if s == nil {
-		return checkClientIP(0, finder{}, newScorer(l, func(string, bool) {}))
-	}
-	if err := s.prepare(context.Background()); err != nil {
-		b.Fatal(err)
-	}
-	return checkClientIP(0, finder{}, s.scorer(func(string, bool) {}, func() {}))
 }
 
 func randomAddr(r *rand.Rand) netip.Addr {

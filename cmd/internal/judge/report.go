@@ -38,6 +38,9 @@ func (c *Config) Check(ctx context.Context) (string, error) {
 			warnings.WriteString("\nwarning: " + w)
 		}
 	}
+	for _, path := range j.lists.Empty() {
+		fmt.Fprintf(&warnings, "\nwarning: %s: no list there", path)
+	}
 	others := ""
 	if n := j.sources.count(); n > 0 {
 		others = fmt.Sprintf(", other sources: %d", n)

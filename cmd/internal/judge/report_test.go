@@ -40,9 +40,10 @@ func TestCheckWarns(t *testing.T) {
 func TestCheck(t *testing.T) {
 	list := writeFile(t, "list", strings.Repeat("192.0.2.1\n192.0.2.2\n", 100)+"oops\n")
 	for args, want := range map[string]string{
-		"-random":                             "no lists: scores are random",
-		"-reputation " + list:                 "lists: 1, entries: 2, bad lines: 1",
-		"-dnsbl bl.example -dns 127.0.0.1:53": "no lists, other sources: 1",
+		"-random":             "no lists: scores are random",
+		"-reputation " + list: "lists: 1, entries: 2, bad lines: 1",
+		"-reputation " + list + " -allow " + list + "[s]*":                               "lists: 1, entries: 2, bad lines: 1\nwarning: " + list + "[s]*: no list there",
+		"-dnsbl bl.example -dns 127.0.0.1:53":                                            "no lists, other sources: 1",
 		"-dnsbl bl.example -dns 127.0.0.1:53 -reputation " + list:                        "lists: 1, entries: 2, bad lines: 1, other sources: 1",
 		"-monitor -reputation " + list + " -allow " + writeFile(t, "own", "192.0.2.2\n"): "lists: 2, entries: 3, bad lines: 1",
 	} {

@@ -203,6 +203,18 @@ func (l *Lists) Stats() []Stats {
 	return all
 }
 
+// Empty returns the directories and globs in which there is no list now.
+func (l *Lists) Empty() (paths []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, n := range l.named {
+		if n.many && len(n.sources) == 0 {
+			paths = append(paths, reputation.Printable(n.Path))
+		}
+	}
+	return paths
+}
+
 // Reload reads every list again, changed or not; those by URL only if their
 // servers have another version, and do not want to be asked later. Of one that cannot be used the previous content
 // stays in force; the error, already logged, names all of these.

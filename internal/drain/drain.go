@@ -40,10 +40,11 @@
 //   - Release: when the hold is over all held answers leave, and the next round
 //     begins after pause.
 //   - Bold: after patience rounds without success (patienceMany rounds for a host
-//     with many connections), and when little time is left,
-//     connections that are ready are parted though others are not, some in each
-//     round, before the answers of the others are released. After twice as many
-//     rounds they need not be quiet: requests come whether or not others wait.
+//     with many connections), and when little time is left, connections that are
+//     ready are parted though others are not, some in each round, before the
+//     answers of the others are released. Those with and those without answers
+//     are parted in different rounds. After twice as many rounds they need not be
+//     quiet: requests come whether or not others wait.
 //   - Thousands: of a host with more than a thousand connections those that are
 //     idle for QuietTime are parted first, between the holds. HAProxy hardly ever
 //     chooses one of them just then, and to hold all would delay many answers.
@@ -336,7 +337,7 @@ func part(now time.Duration, conns []*Conn) {
 func (h *Host) partReady(conns []*Conn) (done bool) {
 	quiet := h.rounds < 2*patienceWith(len(conns))
 	parted := 0
-	partSome := func(answers bool, some int) {
+	part := func(answers bool, some int) {
 		for _, c := range conns {
 			if parted < some && (c.ready || !quiet && c.settled) && (c.Answered != c.base) == answers {
 				parted++
@@ -344,12 +345,12 @@ func (h *Host) partReady(conns []*Conn) (done bool) {
 			}
 		}
 	}
-	partSome(false, perLook)
+	part(false, perLook)
 	switch {
 	case h.Until > 0:
-		partSome(true, perLook)
+		part(true, perLook)
 	case parted == 0:
-		partSome(true, min(perLook, 1+len(conns)/boldParts))
+		part(true, min(perLook, 1+len(conns)/boldParts))
 	}
 	return parted < perLook
 }

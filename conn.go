@@ -721,6 +721,7 @@ func (rd *reader) received(n int) {
 	}
 	rd.arrived = rd.conn.workers.clock()
 	rd.batchStart, rd.conn.used = rd.arrived, true
+	rd.conn.workers.watchIfDue(rd.arrived)
 }
 
 func (rd *reader) grow(size int) {

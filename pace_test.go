@@ -216,12 +216,12 @@ func TestHandOver(t *testing.T) {
 			if have := <-g.entered; want != have {
 				t.Errorf("want the handler of %s, have that of %s", want, have)
 			}
-			if want, have := time.Duration(2*i)*tick, time.Since(began); have > want {
+			if want, have := time.Duration(2*i)*lateTick, time.Since(began); have > want {
 				t.Errorf("want call %d after %v, have it after %v", i, want, have)
 			}
 			if i == 1 {
 				h.wantActions(1, 1, sets("echo", "before"))
-				wantTook(t, "the answer before the stalled one", began, 0, 2*tick)
+				wantTook(t, "the answer before the stalled one", began, 0, 2*lateTick)
 			}
 		}
 		<-sent

@@ -2,6 +2,7 @@ package spoa
 
 import (
 	"context"
+	"math"
 	"strings"
 	"sync"
 	"time"
@@ -23,23 +24,40 @@ func (w *workers) addWatched(q *queue) {
 	if !q.watched.Swap(true) {
 		w.watched = append(w.watched, q)
 		if !w.watching {
-			w.watching = true
-			w.timer.Reset(tick)
+			w.setWatch(w.clock())
 		}
 	}
 	w.watchMu.Unlock()
 }
 
+// setWatch makes watch run in a tick, or in lateTick if no reader reads then.
+// The caller must hold watchMu.
+func (w *workers) setWatch(now time.Duration) {
+	w.watching = true
+	w.due.Store(int64(now + tick))
+	w.timer.Reset(lateTick)
+}
+
+// watchIfDue calls watch if it is due. A reader that has just looked at the clock
+// calls it, which mostly spares the timer: to let it expire wakes a thread, which
+// costs as much CPU as several NOTIFYs. It is short to be inlined.
+func (w *workers) watchIfDue(now time.Duration) {
+	if now >= time.Duration(w.due.Load()) {
+		w.watch()
+	}
+}
+
 const (
 	tick       = time.Millisecond
-	busyQueues = 3           // with a call at the last look or since,
-	busyCalls  = 32          // and so many of them inline since then
-	slowWarn   = time.Second // a handler that takes longer is warned of
+	lateTick   = tick + tick/4 // if only the timer is there to look
+	busyQueues = 3             // with a call at the last look or since,
+	busyCalls  = 32            // and so many of them inline since then
+	slowWarn   = time.Second   // a handler that takes longer is warned of
 )
 
 // watch looks at the queues whose handlers run: it takes connections away from
 // stalled readers, answers what is late, and warns of slow handlers. It runs
-// every tick while there are such queues.
+// every tick while there are such queues, or every lateTick.
 //
 // It also sets busy when many readers have much to do. Then those whose
 // NOTIFYs come several at a time let others run before they read again: meanwhile
@@ -47,6 +65,10 @@ const (
 // a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
 // in flight), but adds as much where no other goroutine has anything to do.
 func (w *workers) watch() {
+	if !w.inWatch.CompareAndSwap(false, true) {
+		return
+	}
+	defer w.inWatch.Store(false)
 	now := w.clock()
 	w.watchMu.Lock()
 	w.looked, w.watched = w.watched, w.looked[:0]
@@ -67,8 +89,11 @@ func (w *workers) watch() {
 	w.watchMu.Lock()
 	w.watched = append(w.watched, kept...)
 	clear(w.looked)
-	if w.watching = len(w.watched) > 0; w.watching {
-		w.timer.Reset(tick)
+	if len(w.watched) > 0 {
+		w.setWatch(now)
+	} else {
+		w.watching = false
+		w.due.Store(math.MaxInt64)
 	}
 	w.watchMu.Unlock()
 }
@@ -113,7 +138,7 @@ func (q *queue) look(now time.Duration) (active bool, calls uint64) {
 		go q.overloaded(shed)
 	}
 	if slow != nil {
-		q.workers.warnSlow(slow)
+		go q.workers.warnSlow(slow) // a logger may block
 	}
 	return active, calls
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -332,6 +333,7 @@ type workers struct {
 	_       [56]byte     // permits changes with every batch, waiting is read with every call
 	waiting atomic.Int64 // jobs that wait for a permit, or a little more
 	busy    atomic.Bool  // see watch
+	due     atomic.Int64 // when a reader is to call watch: a time.Duration
 
 	mu          sync.Mutex
 	first, last *queue // ring of the queues with jobs that wait, next first
@@ -341,9 +343,11 @@ type workers struct {
 
 	watchMu  sync.Mutex
 	watched  []*queue // that have, or had a moment ago, handlers running
-	watching bool     // timer is to call watch, or has
+	watching bool     // due and timer are set
 	timer    *time.Timer
-	looked   []*queue // watch's own
+
+	inWatch atomic.Bool // watch is running; others do not wait for it
+	looked  []*queue    // watch's own
 
 	unknownMu sync.Mutex
 	unknown   map[string]bool // names without a handler that were warned of
@@ -358,6 +362,7 @@ func newWorkers(o *options) *workers {
 	w.permits.Store(int64(o.workers))
 	w.timer = time.AfterFunc(time.Hour, w.watch)
 	w.timer.Stop()
+	w.due.Store(math.MaxInt64)
 	return w
 }
 

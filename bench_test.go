@@ -4,11 +4,16 @@ import (
 	"bufio"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/go-kit/log"
 )
 
 // serveFloor answers NOTIFYs with empty ACKs and does nothing else: what an
@@ -170,4 +175,64 @@ func BenchmarkAgent(b *testing.B) {
 			}
 		}
 	}
+}
+
+// BenchmarkCut is the time per connection of many that are cut off at once, each
+// with an answer that another one of its engine has to send. Those of one engine
+// and as many of several take turns; x-engines is how many times as long the
+// former take.
+func BenchmarkCut(b *testing.B) {
+	const conns, engines = 8000, 16
+	var one, several time.Duration
+	for range b.N {
+		one += cutOff(b, conns, 1)
+		several += cutOff(b, conns, engines)
+	}
+	b.ReportMetric(float64(one.Nanoseconds())/float64(b.N*conns), "ns/conn")
+	b.ReportMetric(float64(one)/float64(several), "x-engines")
+}
+
+// cutOff cuts off connections, spread over the engines, and returns how long it
+// takes until their answers have come on the one that each engine has left.
+func cutOff(b *testing.B, conns, engines int) time.Duration {
+	g := newGate()
+	hook, closed := hooked()
+	ln := newMemListener()
+	a := New(WithLogger(log.NewNopLogger()), WithAsync(), WithHandler("number", g), WithWorkers(conns), hook)
+	go a.Serve(ln)
+	defer a.Close()
+	open := func(engine int) net.Conn {
+		nc := ln.raw(b)
+		offer := offered
+		offer.engineID = strconv.Itoa(engine)
+		rawHelloAs(b, nc, offer)
+		return nc
+	}
+	var last, cut []net.Conn
+	for i := range engines {
+		last = append(last, open(i))
+	}
+	for i := range conns {
+		nc := open(i % engines)
+		if _, err := io.WriteString(nc, notifyFrame(uint64(i), 1)); err != nil {
+			b.Fatal(err)
+		}
+		cut = append(cut, nc)
+	}
+	g.wait(b, conns)
+	runtime.GC() // of what was before
+	began := time.Now()
+	for _, nc := range cut {
+		nc.Close()
+	}
+	for range cut {
+		receive(b, "the end of a connection", closed)
+	}
+	close(g.open)
+	for i := range conns {
+		if f, err := frameFrom(last[i%engines]); err != nil || f.kind != frameAck {
+			b.Fatalf("want ACK, have a frame of type %d, error %v", f.kind, err)
+		}
+	}
+	return time.Since(began)
 }

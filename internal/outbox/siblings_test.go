@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 )
 
 // family is boxes that are siblings; frames that begin with "a" are carried.
@@ -112,8 +113,8 @@ func TestJoinClosed(t *testing.T) {
 	}
 }
 
-// Many connections that end at once find a living one without a search through
-// all of the others each.
+// Of many connections that end at once the first few find out which are closed.
+// The others send by a living one without another look at those.
 func TestSiblingsMany(t *testing.T) {
 	const n = 2000
 	f := newFamily()
@@ -127,17 +128,54 @@ func TestSiblingsMany(t *testing.T) {
 		b.shutForTest()
 		answer(b, fmt.Sprint("a", i))
 	}
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	for _, b := range boxes {
-		b.Flush()
+	first := 0
+	for ; f.Len() > 1 && first < n/10; first++ {
+		boxes[first].Flush()
 	}
-	runtime.ReadMemStats(&after)
+	if have := f.Len(); have != 1 {
+		t.Fatalf("want 1 box left after the answers of %d, have %d", first, have)
+	}
+	for _, b := range boxes[first:] {
+		b.mu.Lock() // whoever looks at it is stopped
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, b := range boxes[first:] {
+			b.mu.Unlock()
+			b.Flush()
+			b.mu.Lock()
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatal("a box that is known to be closed is looked at")
+	}
 	if len(w.writes) != n {
 		t.Errorf("want %d answers by the one that is left, have %d", n, len(w.writes))
 	}
-	if have := (after.TotalAlloc - before.TotalAlloc) / n; have > 1000 { // a list of all takes 16,000
-		t.Errorf("want less than 1000 bytes for each, have %d", have)
+}
+
+// Of many living siblings no list is made for each answer.
+func TestSiblingsNoList(t *testing.T) {
+	const n = 2000
+	f := newFamily()
+	gone, _ := f.box(100)
+	for range n {
+		f.box(100)
+	}
+	gone.shutForTest()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range n {
+		gone.Begin(1)
+		answer(gone, "a")
+		gone.Flush()
+	}
+	runtime.ReadMemStats(&after)
+	if have := (after.TotalAlloc - before.TotalAlloc) / n; have > 1000 { // a list takes 16,000
+		t.Errorf("want less than 1000 bytes for each answer, have %d", have)
 	}
 }
 

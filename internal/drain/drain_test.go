@@ -202,6 +202,22 @@ func TestFewAtATime(t *testing.T) {
 	}
 }
 
+// Thousands of connections are looked at seldom: each look takes time.
+func TestSeldomLooks(t *testing.T) {
+	b := newBench(t, Host{Rounds: true})
+	for range 3000 {
+		b.add(used)
+	}
+	looks := 0
+	for start := b.now; b.now-start < patienceMany*(holdFor+pause); looks++ {
+		b.notify(b.conns[looks], 1)
+		_, b.now = b.step()
+	}
+	if most := patienceMany * 15; looks > most {
+		t.Errorf("want up to %d looks in %d rounds, have %d", most, patienceMany, looks)
+	}
+}
+
 // Of more than a thousand connections those that are idle are parted without a
 // hold, so that those in use are answered meanwhile.
 func TestThousands(t *testing.T) {

@@ -392,7 +392,7 @@ func TestDrainFullWindow(t *testing.T) {
 		time.Sleep(2 * tick) // the hold has begun
 		h.send(notifyFrame(1, 1), notifyFrame(2, 2), notifyFrame(3, 3))
 		g.wait(t, 2)
-		time.Sleep(5 * time.Millisecond) // both are with workers, the third waits for room
+		synctest.Wait() // both are with workers, the third waits for room
 		start := time.Now()
 		close(g.open)
 		h.wantAcks(1, 2, 3)

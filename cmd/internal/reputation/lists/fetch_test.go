@@ -302,7 +302,7 @@ func TestFetchWatch(t *testing.T) {
 		if !ok || l.Stats()[0].Entries != 1 {
 			t.Errorf("want one entry, have %v, %+v", ok, l.Stats()[0])
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("want a fetch that is due")
 	}
 }

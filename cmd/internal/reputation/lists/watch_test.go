@@ -16,6 +16,9 @@ import (
 	"github.com/go-kit/log"
 )
 
+// patience bounds the wait for what is sure to come.
+const patience = 30 * time.Second
+
 func TestWatchRename(t *testing.T) {
 	l := openTest(t, "192.0.2.1 0\n")
 	path := (*l.sources.Load())[0].Path
@@ -76,7 +79,7 @@ func testWatch(t *testing.T, l *Lists, change func(score int)) {
 	go func() { done <- l.Watch(ctx) }()
 	for want := 1; want <= 3; want++ {
 		change(want)
-		timeout := time.After(10 * time.Second)
+		timeout := time.After(patience)
 		for have := -1; have != want; have = score(l, "192.0.2.1") {
 			select {
 			case <-told:
@@ -91,7 +94,7 @@ func testWatch(t *testing.T, l *Lists, change func(score int)) {
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("want %v, have %v", context.Canceled, err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Error("want Watch to end with its context")
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -145,19 +146,8 @@ func ExampleActions_Lookup() {
 		})),
 		spoa.WithSlog(slog.New(slog.DiscardHandler)),
 	)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	go agent.Serve(ln)
-	defer agent.Close()
-	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer client.Close()
+	client, end := serve(agent)
+	defer end()
 	for _, password := range []string{"password=str:wrong", "password=null"} {
 		ack, err := client.Notify(context.Background(),
 			spoa.MustParseMessage("try-cookie cookie=str:good"), spoa.MustParseMessage("try-password "+password))
@@ -166,6 +156,24 @@ func ExampleActions_Lookup() {
 	// Output:
 	// [set-var txn.authenticated bool true] <nil>
 	// [set-var txn.failed bool true] <nil>
+}
+
+// serve has the agent serve on the loopback, and returns a client, and a function
+// that ends both.
+func serve(agent *spoa.Agent) (client *spoa.Client, end func()) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	go agent.Serve(ln)
+	client, err = spoa.Dial(context.Background(), "tcp", ln.Addr().String())
+	if err != nil {
+		log.Fatal(err)
+	}
+	return client, func() {
+		client.Close()
+		agent.Close()
+	}
 }
 
 // Rules test an integer, as HAProxy's own `option set-on-error` sets one.
@@ -178,19 +186,8 @@ func ExampleWithFaultVar() {
 		}),
 		spoa.WithSlog(slog.New(slog.DiscardHandler)),
 	)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	go agent.Serve(ln)
-	defer agent.Close()
-	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer client.Close()
+	client, end := serve(agent)
+	defer end()
 	ack, err := client.Notify(context.Background(), spoa.MustParseMessage("check-client-ip null"))
 	for _, action := range ack {
 		fmt.Println(action)
@@ -212,19 +209,8 @@ func ExampleHooks() {
 		}}),
 		spoa.WithSlog(slog.New(slog.DiscardHandler)),
 	)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	go agent.Serve(ln)
-	defer agent.Close()
-	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer client.Close()
+	client, end := serve(agent)
+	defer end()
 	client.Notify(context.Background(),
 		spoa.MustParseMessage("check-client-ip ip:192.0.2.1"), spoa.MustParseMessage("check-client-ip null"))
 	fmt.Println(<-events)
@@ -244,19 +230,8 @@ func ExampleAgent_Stats() {
 		spoa.WithStats(),
 		spoa.WithSlog(slog.New(slog.DiscardHandler)),
 	)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	go agent.Serve(ln)
-	defer agent.Close()
-	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer client.Close()
+	client, end := serve(agent)
+	defer end()
 	client.Notify(context.Background(),
 		spoa.MustParseMessage("check-client-ip ip:192.0.2.1"), spoa.MustParseMessage("check-client-ip null"), spoa.MustParseMessage("invented"))
 	for _, s := range agent.Stats() {
@@ -294,19 +269,8 @@ func ExampleWithMiddleware() {
 		})
 	}
 	agent := spoa.New(spoa.WithMiddleware(timed), spoa.WithHandlerFunc("check-client-ip", checkClientIP))
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	go agent.Serve(ln)
-	defer agent.Close()
-	client, err := spoa.Dial(context.Background(), "tcp", ln.Addr().String())
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer client.Close()
+	client, end := serve(agent)
+	defer end()
 	client.Notify(context.Background(), spoa.MustParseMessage("check-client-ip ip:192.0.2.1"))
 	// Output: check-client-ip from tcp ended with <nil>
 }

@@ -49,7 +49,7 @@ func TestOddBytes(t *testing.T) {
 			// A list that comes late, and one that is refused.
 			writeFile(t, filepath.Join(directory, "late\n\xff"), "192.0.2.100\n")
 			writeFile(t, filepath.Join(directory, fileName(odd[0])), strings.Repeat("\x1b[31mx\xff \n", 10))
-			p.await(t, fmt.Sprintf(`(?s)(list loaded.*){%d}`, len(odd)+2))
+			p.awaitTimes(t, "list loaded", len(odd)+2)
 			p.await(t, `list not reloaded`)
 			p.await(t, `Unsolicited response`) // which net/http says
 			client := unixClient(web)

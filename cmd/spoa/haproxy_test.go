@@ -34,7 +34,7 @@ import (
 const asAgent = "SPOA_TEST_AS_AGENT"
 
 // patience bounds every wait for another process. Only failing tests come near it.
-const patience = 15 * time.Second
+const patience = time.Minute
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asAgent) != "" {
@@ -137,25 +137,38 @@ func (tr *transcript) String() string {
 	return string(tr.text)
 }
 
-// find waits for a match of re and returns its groups, or nil when ctx ends first.
-func (tr *transcript) find(ctx context.Context, re *regexp.Regexp) []string {
+// wait waits until ok says yes to the text, and reports whether it did before ctx
+// ended.
+func (tr *transcript) wait(ctx context.Context, ok func(text string) bool) bool {
 	for {
+		over := ctx.Err() != nil
 		tr.mu.Lock()
-		if m := re.FindStringSubmatch(string(tr.text)); m != nil {
-			tr.mu.Unlock()
-			return m
-		}
+		text := string(tr.text)
 		if tr.more == nil {
 			tr.more = make(chan struct{})
 		}
 		more := tr.more
 		tr.mu.Unlock()
+		switch {
+		case ok(text):
+			return true
+		case over:
+			return false
+		}
 		select {
 		case <-more:
 		case <-ctx.Done():
-			return nil
 		}
 	}
+}
+
+// find waits for a match of re and returns its groups, or nil when ctx ends first.
+func (tr *transcript) find(ctx context.Context, re *regexp.Regexp) (groups []string) {
+	tr.wait(ctx, func(text string) bool {
+		groups = re.FindStringSubmatch(text)
+		return groups != nil
+	})
+	return groups
 }
 
 // A process is a command that runs until it is stopped, or the test ends. It owns its own pid only.
@@ -216,6 +229,17 @@ func (p *process) await(t *testing.T, re string) []string {
 		t.Fatalf("%s did not say %q (ended: %v)", filepath.Base(p.cmd.Path), re, p.ctx.Err() != nil)
 	}
 	return m
+}
+
+// awaitTimes waits until the process has said s that often. A regular expression
+// for that takes seconds on a long text.
+func (p *process) awaitTimes(t *testing.T, s string, times int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	if !p.out.wait(ctx, func(text string) bool { return strings.Count(text, s) >= times }) {
+		t.Fatalf("%s did not say %q %d times (ended: %v)", filepath.Base(p.cmd.Path), s, times, p.ctx.Err() != nil)
+	}
 }
 
 // eventually asks again, with short pauses, until ok says yes: for the state of other processes, which no event

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -49,7 +48,7 @@ func TestUnixAfterKill(t *testing.T) {
 func TestSeveralListeners(t *testing.T) {
 	path := filepath.Join(shortTempDir(t), "s")
 	a := startAgent(t, "127.0.0.1:0", "-listen", "unix:"+path, "-listen", "127.0.0.1:0", "-drain", "10ms")
-	a.await(t, `(?s)(msg=listening.*){3}`)
+	a.awaitTimes(t, "msg=listening", 3)
 	if err := spoa.Check(t.Context(), "tcp", a.addr); err != nil {
 		t.Error(err)
 	}
@@ -171,7 +170,7 @@ func TestSystemdSockets(t *testing.T) {
 	sock, _ := socketFile(t, "unix", path)
 	for _, args := range [][]string{{"-drain", "10ms"}, {"-drain", "10ms", "-listen", "systemd", "-listen", "127.0.0.1:0"}} {
 		p := passed(t, []*os.File{tcp, sock}, args...)
-		p.await(t, fmt.Sprintf(`(?s)(msg=listening.*){%d}`, 2+len(args)/5))
+		p.awaitTimes(t, "msg=listening", 2+len(args)/5)
 		if err := spoa.Check(t.Context(), "tcp", addr); err != nil {
 			t.Error(err)
 		}

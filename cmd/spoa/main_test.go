@@ -394,7 +394,7 @@ func TestHUP(t *testing.T) {
 	}
 	// And a file that changes is read without a signal.
 	writeFile(t, list, "192.0.2.1 77\n")
-	a.await(t, `(?s)(msg="list loaded".*){3}`)
+	a.awaitTimes(t, `msg="list loaded"`, 3)
 	if want, have := "ip_score=77 ip_list=list ", score(); want != have {
 		t.Errorf("want %q, have %q", want, have)
 	}

@@ -45,9 +45,12 @@
 //     answers of the others are released. Those with and those without answers
 //     are parted in different rounds. After twice as many rounds they need not be
 //     quiet: requests come whether or not others wait.
-//   - Thousands: of a host with more than a thousand connections those that are
-//     idle for QuietTime are parted first, between the holds. HAProxy hardly ever
-//     chooses one of them just then, and to hold all would delay many answers.
+//   - Spare: HAProxy up to 3.0 prefers some connections to others, which it uses
+//     when these are full, as they are in a hold. So if the host has sent twice as
+//     many NOTIFYs in QuietTime as it has connections, those that were idle for as
+//     long are parted first, between the holds: HAProxy hardly ever chooses one of
+//     them just then. So are those of a host with more than a thousand
+//     connections, all of whose answers are not to be delayed.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -121,6 +124,7 @@ type Conn struct {
 	held    bool
 	settled bool          // all NOTIFYs have an answer, and no frame is half there
 	ready   bool          // settled and quiet
+	counted uint64        // Notifies when those of the host were last counted
 	base    uint64        // Answered when the hold began
 	seen    uint64        // Notifies at the last look
 	since   time.Duration // when Notifies last changed
@@ -138,6 +142,8 @@ type Host struct {
 	Rounds bool          // HAProxy learns of the end by its health checks, or from another process on the same listener
 	Until  time.Duration // everything is parted then; 0: no such time
 
+	counted time.Duration // when the NOTIFYs were last counted
+	picks   bool          // HAProxy uses some connections again and again before it uses others
 	holding bool
 	began   time.Duration    // of the hold
 	bold    bool             // this hold has parted some that were ready
@@ -153,6 +159,7 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 	for _, c := range conns {
 		c.Verdict = Keep
 	}
+	h.count(now, conns)
 	last := h.Until
 	if last == 0 {
 		last = Never
@@ -167,12 +174,28 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		return min(h.From, last)
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
-	case len(conns) > thousand && !h.holding && partSome(now, conns):
+	case !h.holding && (h.picks || len(conns) > thousand) && partSome(now, conns):
 		return min(now+Tick(len(conns)), last)
 	case now < h.retry && h.Until == 0:
 		return h.retry
 	}
 	return min(h.round(now, conns), last)
+}
+
+// count judges, once in QuietTime, whether HAProxy picks some connections only:
+// in turn it would have used each of them twice.
+func (h *Host) count(now time.Duration, conns []*Conn) {
+	took := now - h.counted
+	if h.counted > 0 && took < QuietTime {
+		return
+	}
+	n := uint64(0)
+	for _, c := range conns {
+		n += c.Notifies - c.counted
+		c.counted = c.Notifies
+	}
+	h.picks = h.counted > 0 && n*uint64(QuietTime) >= 2*uint64(len(conns))*uint64(took)
+	h.counted = now
 }
 
 // partIdle parts each connection that is idle.

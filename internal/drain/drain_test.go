@@ -235,6 +235,63 @@ func TestThousands(t *testing.T) {
 	}
 }
 
+// Connections that are idle though HAProxy would have used each of them, were it
+// to use all in turn, are parted without a hold.
+func TestSpare(t *testing.T) {
+	const n = 10
+	for _, tt := range []struct {
+		name    string
+		after   time.Duration // From
+		perConn uint64        // NOTIFYs of the host in that time
+		want    Verdict
+	}{
+		{"busy", QuietTime, 2, Part},
+		{"not busy enough", QuietTime, 1, Hold},
+		{"busy for long", 5 * QuietTime, 10, Part},
+		{"not busy enough for long", 5 * QuietTime, 9, Hold},
+		{"not seen for long enough", QuietTime - 1, 100, Hold},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t, Host{From: tt.after, Rounds: true}, used)
+			want := []Verdict{Keep}
+			if tt.want == Hold {
+				want[0] = Hold
+			}
+			for range n - 1 {
+				b.add(idle)
+				want = append(want, tt.want)
+			}
+			b.step()
+			b.now += tt.after
+			b.notify(b.conns[0], tt.perConn*n)
+			b.want(want...)
+		})
+	}
+}
+
+// It is judged again and again whether HAProxy uses the connections in turn, and
+// none is spare in a hold.
+func TestSpareAgain(t *testing.T) {
+	b := newBench(t, Host{From: QuietTime - holdFor/2, Rounds: true}, Look{Agreed: true, Notifies: 1e9, Answered: 1e9}, idle)
+	b.want(Keep, Keep)
+	b.now = b.From
+	b.notify(b.conns[0], 100)
+	b.want(Hold, Hold)
+	b.now += holdFor / 2
+	b.notify(b.conns[0], 1)
+	b.want(Keep, Keep)
+	for b.holding {
+		b.now += ms
+		b.step()
+	}
+	b.now += ms
+	b.want(Keep, Part)
+	b.add(fresh)
+	b.now += QuietTime
+	b.notify(b.conns[0], 1)
+	b.want(Hold, Hold)
+}
+
 // Of many, some that have answers may be parted together, but only those that are
 // ready.
 func TestPartsOnlyReady(t *testing.T) {
@@ -478,10 +535,13 @@ func TestOneByOne(t *testing.T) {
 // the others are held.
 func TestBold(t *testing.T) {
 	b := newBench(t, Host{Rounds: true}, used, used)
-	noisy := b.conns[0]
+	noisy, other := b.conns[0], b.conns[1]
 	took := b.run(time.Minute, func() {
 		if len(b.conns) == 2 && b.now%(10*ms) == 0 {
 			b.notify(noisy, 1)
+		}
+		if len(b.conns) == 2 && b.now%(QuietTime/2) == 0 { // else it would be spare
+			b.notify(other, 1)
 		}
 	})
 	if rounds := holdFor + pause; took < patience*rounds || took > (patience+compared+1)*rounds {

@@ -47,10 +47,12 @@ func TestE2ERollingRestart(t *testing.T) {
 }
 
 func rollingRestart(t *testing.T, bin haproxyBin, clients, restarts int) {
+	// Health checks that are late, on a busy machine, make the agent wait for up to 7 s before it parts connections.
+	const drain = patience - time.Second
 	names := [2]string{"iprep-server", "second"}
 	var agents [2]*agentProcess
 	for i := range agents {
-		agents[i] = startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", "10s")
+		agents[i] = startAgent(t, freeAddr(t, "127.0.0.1"), "-drain", drain.String())
 	}
 	h := startHAProxy(t, bin, setup{
 		agent:   agents[0].addr,
@@ -71,7 +73,7 @@ func rollingRestart(t *testing.T, bin haproxyBin, clients, restarts int) {
 		took = append(took, fmt.Sprintf("%.1f", time.Since(begin).Seconds()))
 		// Restarted before HAProxy has looked again, it would still seem to be down.
 		h.awaitServerNamed(t, names[k], "DOWN", "")
-		agents[k] = startAgent(t, agents[k].addr, "-drain", "10s")
+		agents[k] = startAgent(t, agents[k].addr, "-drain", drain.String())
 		h.awaitServerNamed(t, names[k], "UP", "L7OK")
 	}
 	h.checkNoError(t, l.stop())

@@ -25,9 +25,9 @@
 //     QuietTime, or with as many NOTIFYs waiting as HAProxy allows itself
 //     (window), or without a new one for quiet and quietLooks looks.
 //   - Together: connections are parted only while all of the host are ready, and
-//     some NOTIFYs wait, as many as in the fullest of the last rounds, or all are
-//     idle for QuietTime. On a busy machine a shorter silence proves little:
-//     HAProxy may not have been scheduled.
+//     some NOTIFYs wait, as many as in the fullest of the rounds before, of which
+//     older ones count less, or all are idle for QuietTime. On a busy machine a
+//     shorter silence proves little: HAProxy may not have been scheduled.
 //   - Full: a connection on which exactly window NOTIFYs wait is parted whatever
 //     the others do. HAProxy sends no more on it before it has the answers, which
 //     leave in one Write with the AGENT-DISCONNECT.
@@ -76,7 +76,8 @@ const (
 	quietLooks   = 5                      // looks in that time, since a process that has not run has seen nothing
 	fullLooks    = 2                      // at a connection that is full before it is parted: it has no more than window
 	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
-	compared     = 3                      // rounds whose waiting NOTIFYs are compared
+	compared     = 3                      // rounds at least whose waiting NOTIFYs are compared
+	fading       = 15. / 16               // of what waited, with each round that it is ago
 	patience     = 20                     // rounds before a host's connections are parted one without the others,
 	patienceMany = 5                      // and of a host with many, which are hardly ever all ready
 	many         = 100                    // connections
@@ -145,12 +146,12 @@ type Host struct {
 	counted time.Duration // when the NOTIFYs were last counted
 	picks   bool          // HAProxy uses some connections again and again before it uses others
 	holding bool
-	began   time.Duration    // of the hold
-	bold    bool             // this hold has parted some that were ready
-	retry   time.Duration    // when to hold again
-	rounds  int              // that are over
-	slot    int              // of most, for this round
-	most    [compared]uint64 // NOTIFYs that waited in this round and the last ones in which any did
+	began   time.Duration // of the hold
+	bold    bool          // this hold has parted some that were ready
+	retry   time.Duration // when to hold again
+	rounds  int           // that are over
+	most    float64       // NOTIFYs that waited in a round, a little less for each round since
+	left    uint64        // NOTIFYs that waited on connections that this round has parted
 }
 
 // Step decides what is to be done with each of the host's connections. It
@@ -263,6 +264,11 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patienceWith(len(conns)) || h.Until > 0):
 		h.bold = h.partReady(conns)
 	}
+	for _, c := range conns {
+		if c.held && c.Verdict == Part {
+			h.left += c.Notifies - c.base
+		}
+	}
 	if now-h.began >= holdFor {
 		h.release(now, conns)
 		return h.retry
@@ -292,12 +298,11 @@ func (c *Conn) look(now time.Duration) {
 	c.ready = c.settled && isQuiet
 }
 
-// asMany reports whether n NOTIFYs waiting are any, and as many as in each of the
-// last rounds.
+// asMany reports whether n NOTIFYs waiting are any, and as many as are to be
+// expected from the rounds before.
 func (h *Host) asMany(n uint64) bool {
-	m := &h.most[h.slot]
-	*m = max(*m, n)
-	return n > 0 && h.rounds >= compared-1 && n >= slices.Max(h.most[:])
+	h.most = max(h.most, float64(n))
+	return n > 0 && h.rounds >= compared-1 && float64(n) >= h.most
 }
 
 // patienceWith returns the number of rounds before the host's n connections are
@@ -380,19 +385,21 @@ func (h *Host) partReady(conns []*Conn) (done bool) {
 
 // release ends the hold.
 func (h *Host) release(now time.Duration, conns []*Conn) {
+	waited := h.left > 0
 	for _, c := range conns {
 		if c.held && c.Verdict != Part {
 			c.Verdict = Release
+			waited = waited || c.Notifies != c.base
 		}
 		c.held = false
 	}
 	h.holding = false
 	h.retry = now + pause
 	h.rounds++
-	if h.most[h.slot] > 0 {
-		h.slot = (h.slot + 1) % compared
-		h.most[h.slot] = 0
+	if waited {
+		h.most = max(0, h.most-float64(h.left)) * fading
 	}
+	h.left = 0
 }
 
 // Tick returns the time between two looks of a round at n connections: short

@@ -472,7 +472,9 @@ func TestTogether(t *testing.T) {
 		parted  int      // -1: never
 	}{
 		{[]uint64{1, 1, 1}, 2},
-		{[]uint64{3, 1, 1, 1, 1}, 3},
+		{[]uint64{16, 15, 14, 14}, 3},
+		{[]uint64{18, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9}, -1},
+		{[]uint64{18, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9}, 11},
 		{[]uint64{1, 2, 3, 3}, 2},
 		{[]uint64{3, 2, 1, 3, 2, 1}, 3},
 		{[]uint64{4, 3, 2, 1}, -1},
@@ -497,6 +499,23 @@ func TestTogether(t *testing.T) {
 				t.Errorf("want it parted in round %d, have %d", tt.parted, have)
 			}
 		})
+	}
+}
+
+// What waited on a connection that was parted is not expected in the next rounds.
+func TestTogetherLeft(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, used)
+	first, second := b.eachHold(b.conns[0], 10), b.eachHold(b.conns[1], 10)
+	var rounds []int // in which one was parted
+	b.run(time.Minute, func() {
+		if len(b.ended) > len(rounds) {
+			rounds = append(rounds, b.rounds)
+		}
+		first()
+		second()
+	})
+	if rounds = append(rounds, b.rounds); !slices.Equal(rounds, []int{2, 3}) {
+		t.Errorf("want one parted in round 2 and one in round 3, have %v", rounds)
 	}
 }
 

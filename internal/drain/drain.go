@@ -46,11 +46,11 @@
 //     are parted in different rounds. After twice as many rounds they need not be
 //     quiet: requests come whether or not others wait.
 //   - Spare: HAProxy up to 3.0 prefers some connections to others, which it uses
-//     when these are full, as they are in a hold. So if the host has sent twice as
-//     many NOTIFYs in QuietTime as it has connections, those that were idle for as
-//     long are parted first, between the holds: HAProxy hardly ever chooses one of
-//     them just then. So are those of a host with more than a thousand
-//     connections, all of whose answers are not to be delayed.
+//     when these are full, as they are in a hold. So while it uses some often,
+//     those that are idle for QuietTime are parted first, between the holds:
+//     HAProxy hardly ever chooses one of them just then. So are those of a host
+//     with more than a thousand connections, all of whose answers are not to be
+//     delayed.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -84,6 +84,7 @@ const (
 	boldAfter    = 30 * time.Millisecond  // of a hold: answers of the others must still be held
 	boldParts    = 10                     // a bold round parts one in so many of those with answers
 	oneIn        = 32                     // of many with answers are parted together
+	often        = 10                     // NOTIFYs of one connection in QuietTime: others that have none are spare
 	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
 	perLook      = 64                     // connections parted by one look
 	perLastLook  = 256                    // the same from Until on
@@ -125,7 +126,7 @@ type Conn struct {
 	held    bool
 	settled bool          // all NOTIFYs have an answer, and no frame is half there
 	ready   bool          // settled and quiet
-	counted uint64        // Notifies when those of the host were last counted
+	counted uint64        // Notifies when the host last judged how often HAProxy uses each
 	base    uint64        // Answered when the hold began
 	seen    uint64        // Notifies at the last look
 	since   time.Duration // when Notifies last changed
@@ -143,7 +144,7 @@ type Host struct {
 	Rounds bool          // HAProxy learns of the end by its health checks, or from another process on the same listener
 	Until  time.Duration // everything is parted then; 0: no such time
 
-	counted time.Duration // when the NOTIFYs were last counted
+	counted time.Duration // when it was last judged how often HAProxy uses each
 	picks   bool          // HAProxy uses some connections again and again before it uses others
 	holding bool
 	began   time.Duration // of the hold
@@ -183,19 +184,20 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 	return min(h.round(now, conns), last)
 }
 
-// count judges, once in QuietTime, whether HAProxy picks some connections only:
-// in turn it would have used each of them twice.
+// count judges, once in QuietTime, whether HAProxy picks some connections only: a
+// connection that gets so many NOTIFYs is not used in turn with those that get
+// none.
 func (h *Host) count(now time.Duration, conns []*Conn) {
 	took := now - h.counted
 	if h.counted > 0 && took < QuietTime {
 		return
 	}
-	n := uint64(0)
+	most := uint64(0)
 	for _, c := range conns {
-		n += c.Notifies - c.counted
+		most = max(most, c.Notifies-c.counted)
 		c.counted = c.Notifies
 	}
-	h.picks = h.counted > 0 && n*uint64(QuietTime) >= 2*uint64(len(conns))*uint64(took)
+	h.picks = h.counted > 0 && most*uint64(QuietTime) >= often*uint64(took)
 	h.counted = now
 }
 

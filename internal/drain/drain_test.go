@@ -235,36 +235,31 @@ func TestThousands(t *testing.T) {
 	}
 }
 
-// Connections that are idle though HAProxy would have used each of them, were it
-// to use all in turn, are parted without a hold.
+// Connections that are idle while HAProxy uses another one often are parted
+// without a hold.
 func TestSpare(t *testing.T) {
-	const n = 10
 	for _, tt := range []struct {
-		name    string
-		after   time.Duration // From
-		perConn uint64        // NOTIFYs of the host in that time
-		want    Verdict
+		name     string
+		after    time.Duration // From
+		notifies uint64        // of one connection in that time
+		want     Verdict
 	}{
-		{"busy", QuietTime, 2, Part},
-		{"not busy enough", QuietTime, 1, Hold},
-		{"busy for long", 5 * QuietTime, 10, Part},
-		{"not busy enough for long", 5 * QuietTime, 9, Hold},
-		{"not seen for long enough", QuietTime - 1, 100, Hold},
+		{"often", QuietTime, often, Part},
+		{"not often enough", QuietTime, often - 1, Hold},
+		{"often for long", 5 * QuietTime, 5 * often, Part},
+		{"not often enough for long", 5 * QuietTime, 5*often - 1, Hold},
+		{"not seen for long enough", QuietTime - 1, 100 * often, Hold},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			b := newBench(t, Host{From: tt.after, Rounds: true}, used)
-			want := []Verdict{Keep}
-			if tt.want == Hold {
-				want[0] = Hold
-			}
-			for range n - 1 {
-				b.add(idle)
-				want = append(want, tt.want)
-			}
+			b := newBench(t, Host{From: tt.after, Rounds: true}, used, idle, idle)
 			b.step()
 			b.now += tt.after
-			b.notify(b.conns[0], tt.perConn*n)
-			b.want(want...)
+			b.notify(b.conns[0], tt.notifies)
+			if tt.want == Part {
+				b.want(Keep, Part, Part)
+			} else {
+				b.want(Hold, Hold, Hold)
+			}
 		})
 	}
 }
@@ -559,7 +554,7 @@ func TestBold(t *testing.T) {
 		if len(b.conns) == 2 && b.now%(10*ms) == 0 {
 			b.notify(noisy, 1)
 		}
-		if len(b.conns) == 2 && b.now%(QuietTime/2) == 0 { // else it would be spare
+		if len(b.conns) == 2 && b.now%(QuietTime/2) == 0 { // or it would be spare
 			b.notify(other, 1)
 		}
 	})

@@ -497,6 +497,7 @@ func (rd *reader) hello() error {
 	peer := &Peer{c.peer.Load().Addr, h.engineID, c.agreed.capabilities(), c.agreed.frameSize, h.healthcheck}
 	c.engine, c.queue.hello, rd.job.peer = h.engineID, peer, peer
 	c.peer.Store(peer) // last: from now on the drain may write, which logs the engine
+	a.greeted()
 	rd.out = appendHello(rd.out, frameAgentHello, &hello{versions: version, frameSize: uint32(c.agreed.frameSize), capabilities: c.agreed.capabilities()})
 	rd.flush()
 	if h.healthcheck {

@@ -29,6 +29,7 @@ package spoa
 import (
 	"context"
 	"errors"
+	"hash/maphash"
 	"maps"
 	"net"
 	"slices"
@@ -67,7 +68,7 @@ type Agent struct {
 	mu         sync.Mutex
 	listeners  map[*listener]struct{}
 	conns      map[*conn]struct{}
-	connsSeq   uint64 // changes with conns
+	connsSeq   uint64 // changes with conns, and with their peers
 	siblings   map[engine]*outbox.Siblings
 	checks     drain.Checks
 	anyCheck   bool
@@ -91,6 +92,7 @@ const (
 
 const (
 	leastLook   = time.Millisecond     // between two looks of a drain at a connection
+	maxEngines  = 64                   // of a host that are drained one by one
 	manyConns   = 100                  // of a drain whose looks are kept apart
 	spacing     = 4 * time.Microsecond // for each connection, beyond manyConns, between looks because one has ended
 	stopFor     = 100 * time.Millisecond
@@ -280,6 +282,13 @@ func (a *Agent) forget(c *conn) {
 	a.wakeDrain()
 }
 
+// greeted notes that a connection's peer is known, by which it is drained.
+func (a *Agent) greeted() {
+	a.mu.Lock()
+	a.connsSeq++
+	a.mu.Unlock()
+}
+
 // join lets c send the answers of other connections of its engine, and these its
 // answers, should one of them be lost.
 func (a *Agent) join(c *conn) {
@@ -466,11 +475,15 @@ type drainer struct {
 	hosts map[hostKey]*drainHost
 }
 
-// hostKey is what the connections have in common that are drained together.
+// hostKey is what the connections have in common that are drained together. Up to
+// 3.0 each thread of a HAProxy has an engine-id, and connections, of its own.
 type hostKey struct {
 	host     string
 	listener *listener
+	engine   uint64 // one of maxEngines
 }
+
+var engineSeed = maphash.MakeSeed()
 
 type drainHost struct {
 	drain.Host
@@ -574,7 +587,7 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 		if c.leaving.Load() {
 			continue
 		}
-		key := hostKey{c.host, c.listener}
+		key := hostKey{c.host, c.listener, maphash.String(engineSeed, c.peer.Load().EngineID) % maxEngines}
 		h := d.hosts[key]
 		if h == nil {
 			from := a.checks.Missed(c.host, now)

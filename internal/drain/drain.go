@@ -47,10 +47,11 @@
 //     quiet: requests come whether or not others wait.
 //   - Spare: HAProxy up to 3.0 prefers some connections to others, which it uses
 //     when these are full, as they are in a hold. So while it uses some often,
-//     those that are idle for QuietTime are parted first, between the holds:
-//     HAProxy hardly ever chooses one of them just then. So are those of a host
-//     with more than a thousand connections, all of whose answers are not to be
-//     delayed.
+//     those that are idle for QuietTime are parted first, between the holds, when
+//     a NOTIFY has just come: then HAProxy runs, and reads the AGENT-DISCONNECT
+//     before it has much to send. Those of a host with more than a thousand
+//     connections are parted in any case, since to hold all would delay many
+//     answers.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -129,6 +130,7 @@ type Conn struct {
 	counted uint64        // Notifies when the host last judged how often HAProxy uses each
 	base    uint64        // Answered when the hold began
 	seen    uint64        // Notifies at the last look
+	used    bool          // it has received one since
 	since   time.Duration // when Notifies last changed
 	looks   int           // since then
 }
@@ -137,8 +139,9 @@ func (c *Conn) idle(now time.Duration) bool {
 	return c.Notifies == c.Answered && now-c.LastUsed >= QuietTime
 }
 
-// Host is the connections of one HAProxy on one listener. The caller may change
-// the exported fields between steps.
+// Host is the connections of one HAProxy on one listener or, if they have an
+// engine-id of their own, those of one of its threads. The caller may change the
+// exported fields between steps.
 type Host struct {
 	From   time.Duration // nothing is parted before
 	Rounds bool          // HAProxy learns of the end by its health checks, or from another process on the same listener
@@ -158,8 +161,11 @@ type Host struct {
 // Step decides what is to be done with each of the host's connections. It
 // returns when it wants to look again, Never if it has no more to decide.
 func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
+	active := false // one of them has received a NOTIFY since the last look
 	for _, c := range conns {
 		c.Verdict = Keep
+		c.used, c.seen = c.Notifies != c.seen, c.Notifies
+		active = active || c.used
 	}
 	h.count(now, conns)
 	last := h.Until
@@ -176,7 +182,10 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		return min(h.From, last)
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
-	case !h.holding && (h.picks || len(conns) > thousand) && partSome(now, conns):
+	case !h.holding && (h.picks || len(conns) > thousand) && anyIdle(now, conns):
+		if active || !h.picks || h.Until > 0 {
+			partSome(now, conns)
+		}
 		return min(now+Tick(len(conns)), last)
 	case now < h.retry && h.Until == 0:
 		return h.retry
@@ -221,9 +230,12 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 	return max(next, now+idleLook)
 }
 
-// partSome parts the first connections that are idle, and reports whether there
-// are any.
-func partSome(now time.Duration, conns []*Conn) bool {
+func anyIdle(now time.Duration, conns []*Conn) bool {
+	return slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
+}
+
+// partSome parts the first connections that are idle.
+func partSome(now time.Duration, conns []*Conn) {
 	parted := 0
 	for _, c := range conns {
 		if parted < perLook && c.idle(now) {
@@ -231,7 +243,6 @@ func partSome(now time.Duration, conns []*Conn) bool {
 			c.Verdict = Part
 		}
 	}
-	return parted > 0
 }
 
 // round is one look of a round of holding.
@@ -284,9 +295,9 @@ func (c *Conn) look(now time.Duration) {
 	switch {
 	case !c.held:
 		c.held, c.Verdict, c.base = true, Hold, c.Answered
-		c.seen, c.since, c.looks = c.Notifies, now, 0
-	case c.seen != c.Notifies:
-		c.seen, c.since, c.looks = c.Notifies, now, 0
+		c.since, c.looks = now, 0
+	case c.used:
+		c.since, c.looks = now, 0
 	default:
 		c.looks++
 	}

@@ -279,12 +279,30 @@ func TestSpareAgain(t *testing.T) {
 		b.now += ms
 		b.step()
 	}
-	b.now += ms
+	for range 5 { // HAProxy may not run
+		b.now += pause
+		b.want(Keep, Keep)
+	}
+	b.notify(b.conns[0], 1)
 	b.want(Keep, Part)
 	b.add(fresh)
 	b.now += QuietTime
 	b.notify(b.conns[0], 1)
 	b.want(Hold, Hold)
+}
+
+// When little time is left, what is spare is parted though no NOTIFY comes.
+func TestSpareLast(t *testing.T) {
+	b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
+	b.want(Keep, Keep)
+	b.now = b.From - ms
+	b.notify(b.conns[0], often)
+	b.want(Keep, Keep)
+	b.now += ms
+	b.want(Keep, Keep)
+	b.now += ms
+	b.Until = b.now + 100*ms
+	b.want(Keep, Part)
 }
 
 // Of many, some that have answers may be parted together, but only those that are

@@ -155,7 +155,7 @@ type Host struct {
 	retry   time.Duration // when to hold again
 	rounds  int           // that are over
 	most    float64       // NOTIFYs that waited in a round, a little less for each round since
-	left    uint64        // NOTIFYs that waited on connections that this round has parted
+	left    uint64        // of these, those on connections parted since: they are hardly asked here again, unless these were full
 }
 
 // Step decides what is to be done with each of the host's connections. It
@@ -278,8 +278,8 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 		h.bold = h.partReady(conns)
 	}
 	for _, c := range conns {
-		if c.held && c.Verdict == Part {
-			h.left += c.Notifies - c.base
+		if n := c.Notifies - c.base; c.held && c.Verdict == Part && n < window {
+			h.left += n
 		}
 	}
 	if now-h.began >= holdFor {

@@ -155,7 +155,7 @@ type Host struct {
 	retry   time.Duration // when to hold again
 	rounds  int           // that are over
 	most    float64       // NOTIFYs that waited in a round, a little less for each round since
-	left    uint64        // of these, those on connections parted since: they are hardly asked here again, unless these were full
+	left    uint64        // NOTIFYs that waited on connections parted in this round: hardly any of them is sent here again
 }
 
 // Step decides what is to be done with each of the host's connections. It
@@ -277,7 +277,7 @@ func (h *Host) round(now time.Duration, conns []*Conn) (next time.Duration) {
 	case now-h.began >= boldAfter && !h.bold && (h.rounds >= patienceWith(len(conns)) || h.Until > 0):
 		h.bold = h.partReady(conns)
 	}
-	for _, c := range conns {
+	for _, c := range conns { // of those that were full many are sent here again
 		if n := c.Notifies - c.base; c.held && c.Verdict == Part && n < window {
 			h.left += n
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/go-kit/log"
@@ -175,6 +176,9 @@ type listSource struct {
 	lists   *lists.Lists
 	reasons *reputation.Joiner
 }
+
+// Excludes implements reputation.Excluder.
+func (s listSource) Excludes(addr netip.Addr) bool { return s.lists.Excludes(addr) }
 
 // Judge implements reputation.Source. It never waits.
 func (s listSource) Judge(_ context.Context, sub reputation.Subject) reputation.Finding {

@@ -49,7 +49,7 @@ func BenchmarkVerdict(b *testing.B) {
 		{"all", slices.Concat(lists, decisions, []string{"-mmdb", places, "-country", "ZZ=0"})},
 	} {
 		h := open(b, configure(b, test.args...), log.NewNopLogger()).Handler(0, uncounted{})
-		for _, clients := range []int{1_000, 1 << 20} {
+		for _, clients := range []int{1_000, 20_000, 200_000, 1 << 20} {
 			messages := make([]*spoa.Message, clients)
 			for i := range messages {
 				messages[i] = spoa.NewMessage("check-client-ip", spoa.Arg{Value: spoa.Addr(randomAddr(r))})

@@ -28,11 +28,12 @@ type Verdict struct {
 
 // Combined asks several sources. It may be used concurrently.
 type Combined struct {
-	budget   time.Duration
-	locators []Locator
-	sources  []Source
-	counts   []counts // of each source
-	names    Joiner
+	budget    time.Duration
+	locators  []Locator
+	sources   []Source
+	excluders []Excluder // of each source, nil if it is none
+	counts    []counts   // of each source
+	names     Joiner
 }
 
 type counts struct{ listed, missing atomic.Uint64 }
@@ -48,7 +49,12 @@ func Combine(budget time.Duration, locators []Locator, sources []Source) (*Combi
 	if len(sources) > maxSources {
 		return nil, fmt.Errorf("%d sources, want at most %d", len(sources), maxSources)
 	}
-	return &Combined{budget: budget, locators: locators, sources: sources, counts: make([]counts, len(sources))}, nil
+	c := &Combined{budget: budget, locators: locators, sources: sources, counts: make([]counts, len(sources))}
+	for _, s := range sources {
+		e, _ := s.(Excluder)
+		c.excluders = append(c.excluders, e)
+	}
+	return c, nil
 }
 
 // ended is the context of those who do not wait.
@@ -62,9 +68,14 @@ var ended = func() context.Context {
 // does not allocate if all answers are at hand. It waits for no answer that
 // cannot change the verdict.
 func (c *Combined) Judge(ctx context.Context, addr netip.Addr) Verdict {
-	v := Verdict{Subject: c.Locate(addr), Score: BestScore}
+	var v Verdict
+	excluded := c.exclude(addr)
+	v.Subject, v.Score = c.Locate(addr), BestScore
 	var pending uint64
 	for i, s := range c.sources {
+		if excluded&(1<<i) != 0 {
+			continue
+		}
 		switch f := s.Judge(ended, v.Subject); f.State {
 		case NotListed: // as mostly
 		case Pending:
@@ -77,6 +88,19 @@ func (c *Combined) Judge(ctx context.Context, addr netip.Addr) Verdict {
 		c.wait(ctx, &v, pending)
 	}
 	return v
+}
+
+// exclude returns the set of sources that have nothing to say of an address. They
+// are asked one right after the other because what each looks at is seldom in the
+// processor's caches, and it can wait for all of that at the same time.
+func (c *Combined) exclude(addr netip.Addr) (excluded uint64) {
+	addr = addr.Unmap().WithZone("")
+	for i, e := range c.excluders {
+		if e != nil && e.Excludes(addr) {
+			excluded |= 1 << i
+		}
+	}
+	return excluded
 }
 
 // wait adds to v what the pending sources say within the budget.

@@ -16,6 +16,21 @@ type fixed Finding
 
 func (f fixed) Judge(context.Context, Subject) Finding { return Finding(f) }
 
+// excluding finds what fixed does, but of one address only, and excludes all others.
+type excluding struct {
+	fixed
+	addr netip.Addr
+}
+
+func (e excluding) Excludes(addr netip.Addr) bool { return addr != e.addr }
+
+func (e excluding) Judge(ctx context.Context, s Subject) Finding {
+	if s.Addr != e.addr {
+		panic("judged what is excluded")
+	}
+	return e.fixed.Judge(ctx, s)
+}
+
 // late has its finding some time after it was first asked.
 type late struct {
 	after time.Duration
@@ -99,6 +114,27 @@ func TestCombinedRule(t *testing.T) {
 				t.Errorf("want %+v\nhave %+v", test.want, have)
 			}
 		})
+	}
+}
+
+// A source that excludes an address is not asked, and the others are.
+func TestCombinedExcluder(t *testing.T) {
+	other := netip.MustParseAddr("192.0.2.2")
+	c := combine(t, 0,
+		excluding{fixed{Source: "a", State: Listed, Score: 9}, subject},
+		fixed{Source: "b", State: Listed, Score: 8},
+		excluding{fixed{Source: "c", State: Listed, Score: 7}, other},
+	)
+	for addr, want := range map[string]string{
+		"192.0.2.1": "a,b", "::ffff:192.0.2.1": "a,b", "192.0.2.2": "b,c", "192.0.2.3": "b", "2001:db8::1%eth0": "b",
+	} {
+		if have := c.Judge(t.Context(), netip.MustParseAddr(addr)).Sources; have != want {
+			t.Errorf("%s: want %s, have %s", addr, want, have)
+		}
+	}
+	var v Verdict
+	if n := testing.AllocsPerRun(100, func() { v = c.Judge(t.Context(), subject) }); n != 0 || v.Sources != "a,b" {
+		t.Errorf("want a,b without an allocation, have %s and %v", v.Sources, n)
 	}
 }
 

@@ -66,6 +66,16 @@ type Source interface {
 	Judge(ctx context.Context, s Subject) Finding
 }
 
+// An Excluder is a Source that can rule out, for less than it takes to judge, that
+// it has anything to say of most addresses.
+type Excluder interface {
+	Source
+	// Excludes reports whether Judge would return NotListed for each subject with
+	// this address, which is unmapped and without a zone. It may be false although
+	// that is so. It does not allocate.
+	Excludes(addr netip.Addr) bool
+}
+
 // A Locator knows where addresses belong.
 type Locator interface {
 	// Locate returns s with those of its empty fields set that the Locator knows.

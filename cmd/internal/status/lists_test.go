@@ -43,19 +43,20 @@ func TestLookup(t *testing.T) {
 			Score                    int
 			Allow, Decided           bool
 		}
+		Sources []string
 	}
 	own := filepath.Join(filepath.Dir(drop), "own")
 	for addr, want := range map[string]string{
 		"198.51.100.7": "{198.51.100.7 listed 5 [{drop " + drop + " 198.51.96.0/20 <b>SBL1</b> 5 false true} " +
-			"{own " + own + " 198.51.100.7/32 a school 60 false false}]}",
-		"203.0.113.9": "{203.0.113.9 allowed 100 [{office " + filepath.Join(filepath.Dir(drop), "office") + " 203.0.113.0/24  100 true true}]}",
-		"8.8.8.8":     "{8.8.8.8 unlisted 100 []}",
+			"{own " + own + " 198.51.100.7/32 a school 60 false false}] []}",
+		"203.0.113.9": "{203.0.113.9 allowed 100 [{office " + filepath.Join(filepath.Dir(drop), "office") + " 203.0.113.0/24  100 true true}] []}",
+		"8.8.8.8":     "{8.8.8.8 unlisted 100 [] []}",
 	} {
-		have.Lists = nil
+		have.Lists, have.Sources = nil, nil
 		if err := json.Unmarshal([]byte(st.get(t, "/lookup?ip="+addr)), &have); err != nil {
 			t.Fatal(err)
 		}
-		if fmt.Sprint(have) != want || have.Lists == nil {
+		if fmt.Sprint(have) != want || have.Lists == nil || have.Sources == nil {
 			t.Errorf("want %s, have %v", want, have)
 		}
 	}

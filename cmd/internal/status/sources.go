@@ -144,9 +144,12 @@ func (st *Status) lookup(w http.ResponseWriter, r *http.Request) {
 }
 
 func (st *Status) explain(ctx context.Context, addr netip.Addr) *explanation {
-	e := &explanation{Addr: addr.Unmap().WithZone(""), Score: reputation.BestScore, State: reputation.NotListed.String()}
+	e := &explanation{
+		Addr: addr.Unmap().WithZone(""), Score: reputation.BestScore, State: reputation.NotListed.String(),
+		Lists: []lists.Match{}, Sources: []finding{}, // [] in JSON where there are none
+	}
 	if l := st.config.Lists; l != nil {
-		e.Lists = append([]lists.Match{}, l.Explain(addr)...) // [] in JSON where there is none
+		e.Lists = append(e.Lists, l.Explain(addr)...)
 		v := l.Lookup(addr)
 		e.State, e.Score = v.State.String(), v.Score
 	}

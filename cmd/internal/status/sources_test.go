@@ -107,6 +107,9 @@ func TestSourcesLookup(t *testing.T) {
 	if have.Addr != netip.MustParseAddr("203.0.113.1") || have.State != "listed" || have.Score != 7 || have.Reason != "cs <b>" || have.Decision != "ban" || have.Missing != "bl.example" {
 		t.Errorf("have %+v", have)
 	}
+	if have.Lists == nil {
+		t.Error("lists: want none as [], have null")
+	}
 	if len(have.Sources) != 3 || have.Sources[0].Source != "cs" || *have.Sources[0].Score != 7 || have.Sources[1].State != "unknown" || have.Sources[1].Score != nil {
 		t.Errorf("sources: have %+v", have.Sources)
 	}

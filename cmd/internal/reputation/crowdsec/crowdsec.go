@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -114,6 +115,12 @@ func (s *Source) Judge(_ context.Context, sub reputation.Subject) reputation.Fin
 		return reputation.Finding{Source: name, State: reputation.Unknown}
 	}
 	return reputation.Finding{Source: name}
+}
+
+// Excludes implements reputation.Excluder.
+func (s *Source) Excludes(addr netip.Addr) bool {
+	t := s.table.Load()
+	return t != nil && t.excludes(addr) && !s.stale.Load()
 }
 
 // Status implements reputation.Reporter.

@@ -138,6 +138,16 @@ func want(t *testing.T, s *Source, addr, kind string) {
 	if f := judge(s, addr); f.Decision != kind || (f.State == reputation.Listed) != (kind != "") {
 		t.Errorf("%s: want decision %q, have %+v", addr, kind, f)
 	}
+	if kind != "" {
+		excludes(t, s, addr, false)
+	}
+}
+
+func excludes(t *testing.T, s *Source, addr string, want bool) {
+	t.Helper()
+	if have := s.Excludes(netip.MustParseAddr(addr)); have != want {
+		t.Errorf("%s excluded: want %v, have %v", addr, want, have)
+	}
 }
 
 func TestScopes(t *testing.T) {
@@ -377,6 +387,35 @@ func TestUnknown(t *testing.T) {
 		pull(t, s)
 		state("192.0.2.2", reputation.NotListed)
 		time.Sleep(time.Hour)
+	})
+}
+
+// Excluded is only what has no decision, whatever its country and network, and
+// only while that is known.
+func TestExcludes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		api := new(localAPI)
+		api.add("Ip", "192.0.2.1", "ban", 2*time.Hour)
+		api.add("Range", "198.51.100.0/24", "ban", 2*time.Hour)
+		s := newSource(t, api)
+		excludes(t, s, "203.0.113.1", false)
+		pull(t, s)
+		excludes(t, s, "192.0.2.1", false)
+		excludes(t, s, "198.51.100.9", false)
+		excludes(t, s, "203.0.113.1", true)
+		excludes(t, s, "2001:db8::1", false)
+		for _, scope := range []string{"Country", "AS"} {
+			time.Sleep(time.Second)
+			id := api.add(scope, "64496", "ban", 2*time.Hour)
+			pull(t, s)
+			excludes(t, s, "203.0.113.1", false)
+			api.delete(id)
+			time.Sleep(time.Second)
+			pull(t, s)
+			excludes(t, s, "203.0.113.1", true)
+		}
+		time.Sleep(minStale + 1)
+		excludes(t, s, "203.0.113.1", false)
 	})
 }
 

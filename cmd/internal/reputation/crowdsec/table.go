@@ -55,6 +55,12 @@ func (t *table) has(addr netip.Addr) bool {
 	return (!addr.Is4() || t.filter.HasAddr(addr)) && t.prefixes.Contains(addr)
 }
 
+// excludes reports whether there is surely no decision on any subject with that
+// address.
+func (t *table) excludes(addr netip.Addr) bool {
+	return addr.Is4() && !t.filter.HasAddr(addr) && len(t.countries)+len(t.systems) == 0
+}
+
 // size returns the number of subjects that have decisions.
 func (t *table) size() int { return t.prefixes.Size() + len(t.countries) + len(t.systems) }
 

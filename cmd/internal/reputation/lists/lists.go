@@ -192,6 +192,11 @@ func newSource(f File, allow bool) *source {
 // or on none. It does not allocate and may be called at any time.
 func (l *Lists) Lookup(addr netip.Addr) Verdict { return l.table.Load().lookup(addr) }
 
+// Excludes reports whether an address is surely on no list. Often it is false for
+// others that are on none, as for all of IPv6, but it takes less than Lookup. The
+// address must not be an IPv4-mapped one.
+func (l *Lists) Excludes(addr netip.Addr) bool { return l.table.Load().excludes(addr) }
+
 // Stats returns the state of each list, in the order of the flags, allow lists
 // last.
 func (l *Lists) Stats() []Stats {

@@ -79,6 +79,8 @@ func (t *table) lookup(addr netip.Addr) Verdict {
 	return t.verdicts[0]
 }
 
+func (t *table) excludes(addr netip.Addr) bool { return addr.Is4() && !t.v4.filter.HasAddr(addr) }
+
 func (t *table4) lookup(addr uint32) uint16 {
 	if !t.filter.Has(addr) {
 		return 0
@@ -149,7 +151,7 @@ func newTable(lists []ruler) *table {
 }
 
 func (t *table4) fill(lists []ruler, n int) {
-	t.runs, t.filter = make([]uint32, 0, n), filter.New(2*n)
+	t.runs, t.filter = make([]uint32, 0, n), filter.New(5*n)
 	last, at := uint16(0), 0 // the verdict of the last run, and the next /16 to be begun
 	since := uint32(0)       // its first address
 	begin := func(until int) {

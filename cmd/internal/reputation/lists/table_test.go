@@ -82,6 +82,9 @@ func TestTableAgreesWithTheRule(t *testing.T) {
 			if want, have := slowLookup(lists, entries, a), table.lookup(a); want != have {
 				t.Errorf("round %d, %v: want %v, have %v", round, a, want, have)
 			}
+			if have := table.lookup(a); have.State != Unlisted && table.excludes(a) {
+				t.Errorf("round %d, %v: excluded, want %v", round, a, have)
+			}
 		}
 		for _, es := range append(entries, randomEntries(r, 50)) {
 			for _, e := range es {
@@ -125,6 +128,15 @@ func TestWorstWins(t *testing.T) {
 	} {
 		if have := newTable(tc.lists).lookup(addr); have != tc.want {
 			t.Errorf("%s: want %v, have %v", tc.name, tc.want, have)
+		}
+	}
+}
+
+func TestExcludes(t *testing.T) {
+	table := newTable([]ruler{{"a", true, newSet(entry{prefix: netip.MustParsePrefix("192.0.2.0/24")})}})
+	for addr, want := range map[string]bool{"192.0.2.1": false, "198.51.100.1": true, "2001:db8::1": false, "::ffff:192.0.2.1": false} {
+		if have := table.excludes(netip.MustParseAddr(addr)); have != want {
+			t.Errorf("%s: want %v, have %v", addr, want, have)
 		}
 	}
 }

@@ -68,6 +68,30 @@ func TestMaxConcurrent(t *testing.T) {
 	})
 }
 
+// All messages without a handler of their own are one kind: the options of
+// WithFallback count them together, and concern no other.
+func TestFallbackOptions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate()
+		_, ln := startMem(t, withNumbered(), WithHandlerTimeout(10*time.Millisecond), WithFallback(g, MaxConcurrent(1), Timeout(time.Second)))
+		h := ln.greet(t)
+		h.send(notifyOf(1, 1, NewMessage("one")), notifyOf(2, 2, NewMessage("other"), NewMessage("third")))
+		g.wait(t, 1)
+		h.send(notifyFrame(3, 3))
+		h.wantAck(3, 3)
+		time.Sleep(100 * time.Millisecond) // the agent's timeout is over, that of the kind is not
+		synctest.Wait()
+		if have := len(g.entered); have > 0 {
+			t.Errorf("want one handler at once, have %d more", have)
+		}
+		g.open <- struct{}{}
+		h.wantAck(1, 1)
+		close(g.open)
+		h.wantActions(2, 2, "set-var txn.id uint64 2,set-var txn.id uint64 2")
+		g.wait(t, 2)
+	})
+}
+
 // Jobs get slots in the order of their coming. A handler that fails gives its slot
 // back however it ends.
 func TestMaxConcurrentOrder(t *testing.T) {

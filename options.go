@@ -126,13 +126,7 @@ func WithHandler(message string, h Handler, opts ...HandlerOption) Option {
 		default:
 			o.handlers[message] = h
 		}
-		for _, opt := range opts {
-			if opt == nil {
-				o.bad("WithHandler(%q): nil option", message)
-				continue
-			}
-			opt(o, message)
-		}
+		o.configure(fmt.Sprintf("WithHandler(%q)", message), message, opts)
 	}
 }
 
@@ -146,18 +140,39 @@ func isNil(h Handler) bool {
 	return h == nil || isFunc && f == nil
 }
 
-// HandlerOption is an option of WithHandler.
-type HandlerOption func(o *options, message string)
+// HandlerOption is an option of WithHandler, for messages of that name, and of
+// WithFallback, for all others together.
+type HandlerOption func(o *options, kind string)
+
+// kind returns what the options of a message's handler are kept by: its name, or
+// nothing if it has no handler of its own.
+func (o *options) kind(message string) string {
+	if o.handlers[message] == nil {
+		return ""
+	}
+	return message
+}
+
+// configure applies the options of a handler.
+func (o *options) configure(option, kind string, opts []HandlerOption) {
+	for _, opt := range opts {
+		if opt == nil {
+			o.bad("%s: nil option", option)
+			continue
+		}
+		opt(o, kind)
+	}
+}
 
 // Timeout sets a handler timeout for one kind of message, in place of that of
 // WithHandlerTimeout: a millisecond or more. A NOTIFY with messages of several
 // kinds has the longest of their timeouts, none if one of them has none.
 func Timeout(d time.Duration) HandlerOption {
-	return func(o *options, message string) {
+	return func(o *options, kind string) {
 		if o.timeouts == nil {
 			o.timeouts = make(map[string]time.Duration)
 		}
-		o.timeouts[message] = o.timeout("Timeout", d, time.Millisecond)
+		o.timeouts[kind] = o.timeout("Timeout", d, time.Millisecond)
 	}
 }
 
@@ -170,12 +185,12 @@ func Timeout(d time.Duration) HandlerOption {
 // of them until all are done, so a quick message should not share its spoe-group
 // with a slow one. A handler that is late counts until it returns.
 func MaxConcurrent(n int) HandlerOption {
-	return func(o *options, message string) {
+	return func(o *options, kind string) {
 		if o.maxConcurrent == nil {
 			o.maxConcurrent = make(map[string]int)
 		}
 		atLeast(o, "MaxConcurrent", n, 1)
-		o.maxConcurrent[message] = n
+		o.maxConcurrent[kind] = n
 	}
 }
 
@@ -196,14 +211,16 @@ func WithMiddleware(mw ...func(Handler) Handler) Option {
 }
 
 // WithFallback makes h answer the messages that no other handler is for. Without
-// it they get no action, and the log says so once per name.
-func WithFallback(h Handler) Option {
+// it they get no action, and the log says so once per name. Its options count all
+// these messages as one kind.
+func WithFallback(h Handler, opts ...HandlerOption) Option {
 	return func(o *options) {
 		if isNil(h) {
 			o.bad("WithFallback: nil handler")
 			return
 		}
 		o.fallback = h
+		o.configure("WithFallback", "", opts)
 	}
 }
 

@@ -38,6 +38,7 @@ func TestBadOptions(t *testing.T) {
 		{"WithHandler(\"twice\")", WithHandler("twice", h)},
 		{"WithFallback", WithFallback(nil)},
 		{"WithFallback", WithFallback(HandlerFunc(nil))},
+		{"WithFallback", WithFallback(h, nil)},
 		{"WithWorkers(0)", WithWorkers(0)},
 		{"WithWorkers(-1)", WithWorkers(-1)},
 		{"WithFragmentation(255)", WithFragmentation(255)},

@@ -376,7 +376,7 @@ func (w *workers) limitOf(n *notify) time.Duration {
 	}
 	longest := time.Duration(-1)
 	for name := range n.names() {
-		limit, ok := w.timeouts[name]
+		limit, ok := w.timeouts[w.kind(name)]
 		if !ok {
 			limit = w.handlerTimeout
 		}
@@ -816,7 +816,7 @@ func newBounds(limits map[string]int) map[string]*bound {
 // boundsOf appends the bounds of n's messages to list, in their order.
 func (w *workers) boundsOf(n *notify, list []*bound) []*bound {
 	for name := range n.names() {
-		if b := w.bounds[name]; b != nil && !slices.Contains(list, b) {
+		if b := w.bounds[w.kind(name)]; b != nil && !slices.Contains(list, b) {
 			list = append(list, b)
 		}
 	}

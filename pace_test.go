@@ -183,6 +183,41 @@ func TestWorkersClosed(t *testing.T) {
 	})
 }
 
+// Readers that look in time put the timer off, but not for long, and not if a
+// handler can be late: then nobody may read when one is.
+func TestSeldomTick(t *testing.T) {
+	const timeout = time.Millisecond
+	for name, tt := range map[string]struct {
+		opts []Option
+		most time.Duration // until the answer
+	}{
+		"a stall":           {nil, seldomTick + 2*lateTick},
+		"a handler timeout": {[]Option{WithHandlerTimeout(timeout)}, timeout + 2*lateTick},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				_, ln := startMem(t, append(tt.opts, withNumbered(), WithHandler("wait", g))...)
+				h := ln.greet(t)
+				for id := uint64(100); id < 120; id++ {
+					h.send(notifyFrame(1, id))
+					h.wantAck(1, id)
+					time.Sleep(tick / 2)
+				}
+				began := time.Now()
+				h.send(notifyOf(1, 1, waiting("x")), notifyFrame(1, 2))
+				if tt.opts == nil {
+					h.wantAck(1, 2)
+				} else {
+					h.wantAcks(1, 1)
+				}
+				wantTook(t, "the answers", began, 0, tt.most)
+				close(g.open)
+			})
+		})
+	}
+}
+
 // A handler that stalls keeps neither those before it nor those after it on its
 // connection waiting, and what it looks at stays as it is.
 func TestHandOver(t *testing.T) {

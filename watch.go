@@ -24,47 +24,49 @@ func (w *workers) addWatched(q *queue) {
 	if !q.watched.Swap(true) {
 		w.watched = append(w.watched, q)
 		if !w.watching {
-			w.setWatch(w.clock())
+			w.setWatch(w.clock(), lateTick)
 		}
 	}
 	w.watchMu.Unlock()
 }
 
-// setWatch makes watch run in a tick, or in lateTick if no reader reads then.
-// The caller must hold watchMu.
-func (w *workers) setWatch(now time.Duration) {
+// setWatch makes watch run in a tick, or later if no reader reads then. The
+// caller must hold watchMu.
+func (w *workers) setWatch(now, later time.Duration) {
 	w.watching = true
 	w.due.Store(int64(now + tick))
-	w.timer.Reset(lateTick)
+	w.timer.Reset(later)
 }
 
 // watchIfDue calls watch if it is due. A reader that has just looked at the clock
-// calls it, which mostly spares the timer: to let it expire wakes a thread, which
-// costs as much CPU as several NOTIFYs. It is short to be inlined.
+// calls it, which mostly spares the timer: that wakes a thread, also when it is
+// only set soon, which costs as much CPU as several NOTIFYs. It is short to be
+// inlined.
 func (w *workers) watchIfDue(now time.Duration) {
 	if now >= time.Duration(w.due.Load()) {
-		w.watch()
+		w.watch(true)
 	}
 }
 
 const (
 	tick       = time.Millisecond
-	lateTick   = tick + tick/4 // if only the timer is there to look
+	lateTick   = tick + tick/4 // if only the timer is there to look,
+	seldomTick = 4 * tick      // also if readers have looked, saw no handler run, and none can be late
 	busyQueues = 3             // with a call at the last look or since,
-	busyCalls  = 32            // and so many of them inline since then
+	busyCalls  = 128           // and so many of them inline since then
 	slowWarn   = time.Second   // a handler that takes longer is warned of
 )
 
 // watch looks at the queues whose handlers run: it takes connections away from
-// stalled readers, answers what is late, and warns of slow handlers. It runs
-// every tick while there are such queues, or every lateTick.
+// stalled readers, answers what is late, and warns of slow handlers. It runs every
+// tick while there are such queues and a reader reads, or when the timer expires.
 //
 // It also sets busy when many readers have much to do. Then those whose
 // NOTIFYs come several at a time let others run before they read again: meanwhile
 // more has been received, mostly, so that neither a read that brings nothing nor
 // a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
 // in flight), but adds as much where no other goroutine has anything to do.
-func (w *workers) watch() {
+func (w *workers) watch(byReader bool) {
 	if !w.inWatch.CompareAndSwap(false, true) {
 		return
 	}
@@ -74,12 +76,13 @@ func (w *workers) watch() {
 	w.looked, w.watched = w.watched, w.looked[:0]
 	w.watchMu.Unlock()
 	kept := w.looked[:0]
-	calls := uint64(0)
+	calls, anyActive := uint64(0), false
 	w.shedBounded(now)
 	for _, q := range w.looked {
 		active, n := q.look(now)
 		calls += n
-		if active || q.keepWatching() {
+		anyActive = anyActive || active
+		if active || byReader && n > 0 || q.keepWatching() {
 			kept = append(kept, q)
 		}
 	}
@@ -89,11 +92,14 @@ func (w *workers) watch() {
 	w.watchMu.Lock()
 	w.watched = append(w.watched, kept...)
 	clear(w.looked)
-	if len(w.watched) > 0 {
-		w.setWatch(now)
-	} else {
+	switch {
+	case len(w.watched) == 0:
 		w.watching = false
 		w.due.Store(math.MaxInt64)
+	case byReader && !anyActive && !w.anyTimeout():
+		w.setWatch(now, seldomTick)
+	default:
+		w.setWatch(now, lateTick)
 	}
 	w.watchMu.Unlock()
 }

@@ -360,7 +360,7 @@ func newWorkers(o *options) *workers {
 	}
 	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
-	w.timer = time.AfterFunc(time.Hour, w.watch)
+	w.timer = time.AfterFunc(time.Hour, func() { w.watch(false) })
 	w.timer.Stop()
 	w.due.Store(math.MaxInt64)
 	return w

@@ -49,9 +49,9 @@
 //     when these are full, as they are in a hold. So while it uses some often,
 //     those that are idle for QuietTime are parted first, between the holds, when
 //     a NOTIFY has just come: then HAProxy runs, and reads the AGENT-DISCONNECT
-//     before it has much to send. Those of a host with more than a thousand
-//     connections are parted in any case, since to hold all would delay many
-//     answers.
+//     before it has much to send. After maxSilence the rounds go on. Those of a
+//     host with more than a thousand connections are parted in any case, since to
+//     hold all would delay many answers.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -86,6 +86,7 @@ const (
 	boldParts    = 10                     // a bold round parts one in so many of those with answers
 	oneIn        = 32                     // of many with answers are parted together
 	often        = 10                     // NOTIFYs of one connection in QuietTime: others that have none are spare
+	maxSilence   = QuietTime / 4          // of all, after which nothing is spare
 	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
 	perLook      = 64                     // connections parted by one look
 	perLastLook  = 256                    // the same from Until on
@@ -147,6 +148,7 @@ type Host struct {
 	Rounds bool          // HAProxy learns of the end by its health checks, or from another process on the same listener
 	Until  time.Duration // everything is parted then; 0: no such time
 
+	heard   time.Duration // when a look last saw that a NOTIFY had come
 	counted time.Duration // when it was last judged how often HAProxy uses each
 	picks   bool          // HAProxy uses some connections again and again before it uses others
 	holding bool
@@ -167,6 +169,9 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		c.used, c.seen = c.Notifies != c.seen, c.Notifies
 		active = active || c.used
 	}
+	if active {
+		h.heard = now
+	}
 	h.count(now, conns)
 	last := h.Until
 	if last == 0 {
@@ -182,8 +187,8 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		return min(h.From, last)
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
-	case !h.holding && (h.picks || len(conns) > thousand) && anyIdle(now, conns):
-		if active || !h.picks || h.Until > 0 {
+	case !h.holding && h.hasSpare(now, conns):
+		if active || len(conns) > thousand || h.Until > 0 {
 			partSome(now, conns)
 		}
 		return min(now+Tick(len(conns)), last)
@@ -230,8 +235,11 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 	return max(next, now+idleLook)
 }
 
-func anyIdle(now time.Duration, conns []*Conn) bool {
-	return slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
+// hasSpare reports whether some connections are idle and are to be parted without
+// a hold.
+func (h *Host) hasSpare(now time.Duration, conns []*Conn) bool {
+	busy := h.picks && (now-h.heard < maxSilence || h.Until > 0)
+	return (busy || len(conns) > thousand) && slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
 }
 
 // partSome parts the first connections that are idle.

@@ -279,15 +279,28 @@ func TestSpareAgain(t *testing.T) {
 		b.now += ms
 		b.step()
 	}
-	for range 5 { // HAProxy may not run
-		b.now += pause
-		b.want(Keep, Keep)
-	}
+	b.now += ms + pause // HAProxy may not run
+	b.want(Keep, Keep)
 	b.notify(b.conns[0], 1)
 	b.want(Keep, Part)
 	b.add(fresh)
 	b.now += QuietTime
 	b.notify(b.conns[0], 1)
+	b.want(Hold, Hold)
+}
+
+// A host that has fallen silent has no spare connections: it may be waiting for
+// another process to accept new ones.
+func TestSpareSilence(t *testing.T) {
+	b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
+	b.want(Keep, Keep)
+	b.now = b.From
+	b.notify(b.conns[0], often)
+	b.want(Keep, Part)
+	b.add(Look{Agreed: true, LastUsed: 2 * QuietTime})
+	b.now += maxSilence - ms
+	b.want(Keep, Keep)
+	b.now += ms
 	b.want(Hold, Hold)
 }
 

@@ -238,7 +238,7 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 // hasSpare reports whether some connections are idle and are to be parted without
 // a hold.
 func (h *Host) hasSpare(now time.Duration, conns []*Conn) bool {
-	busy := h.picks && (now-h.heard < maxSilence || h.Until > 0)
+	busy := h.picks && now-h.heard < maxSilence
 	return (busy || len(conns) > thousand) && slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
 }
 

@@ -192,7 +192,7 @@ func TestE2ETakeover(t *testing.T) {
 			t.Run(test.name, func(t *testing.T) {
 				const clients, changes = 20, 3
 				end := test.start(t)
-				s := setup{agent: test.addr, mayLose: true, spoe: []string{"processing 10s", "processing 3s"}}
+				s := setup{agent: test.addr, mayLose: true, spoe: []string{"processing 10s", "processing 6s"}}
 				if test.unchecked {
 					s.cfg = []string{" check inter 100ms fall 2 rise 1", ""}
 				}

@@ -630,6 +630,22 @@ func TestDrainThreads(t *testing.T) {
 	}
 }
 
+// Thousands of connections are drained together, however many engines they have:
+// then it is bounded how many of them end, and are held, at once.
+func TestDrainApart(t *testing.T) {
+	a := New(withNumbered())
+	for range maxApart {
+		a.conns[new(conn)] = struct{}{}
+	}
+	if !newDrainer(a).apart {
+		t.Errorf("%d connections: want each engine drained by itself", len(a.conns))
+	}
+	a.conns[new(conn)] = struct{}{}
+	if newDrainer(a).apart {
+		t.Errorf("%d connections: want all drained together", len(a.conns))
+	}
+}
+
 // A listener that comes during a drain is closed at once: nobody would accept
 // what waits in its queue.
 func TestServeDuringDrain(t *testing.T) {

@@ -91,8 +91,8 @@ const (
 )
 
 const (
-	leastLook   = time.Millisecond     // between two looks of a drain at a connection
-	maxEngines  = 64                   // of a host that are drained one by one
+	maxEngines  = 64                   // of a host that are drained by themselves
+	maxApart    = 1000                 // connections with which that is done: of more, few wait for each other
 	manyConns   = 100                  // of a drain whose looks are kept apart
 	spacing     = 4 * time.Microsecond // for each connection, beyond manyConns, between looks because one has ended
 	stopFor     = 100 * time.Millisecond
@@ -471,6 +471,7 @@ type drainer struct {
 	until time.Duration // everything is closed then; 0: no such time
 	seq   uint64        // of the agent's connections when they were last gathered
 	early time.Duration // a change of the connections is no reason to look before
+	apart bool          // the connections of each engine are drained by themselves
 	conns int
 	hosts map[hostKey]*drainHost
 }
@@ -494,7 +495,13 @@ type drainHost struct {
 func newDrainer(a *Agent) *drainer {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return &drainer{agent: a, from: a.checks.AllMissed(a.workers.clock()), seq: a.connsSeq - 1, hosts: make(map[hostKey]*drainHost)}
+	return &drainer{
+		agent: a,
+		from:  a.checks.AllMissed(a.workers.clock()),
+		seq:   a.connsSeq - 1,
+		apart: len(a.conns) <= maxApart,
+		hosts: make(map[hostKey]*drainHost),
+	}
 }
 
 // run drains the agent until nothing is left, and closes it.
@@ -566,7 +573,7 @@ func (d *drainer) step(now time.Duration) (next time.Duration, over bool) {
 		}
 		next = min(next, h.step(now))
 	}
-	return next, false
+	return max(next, now+drain.Tick(d.conns)), false
 }
 
 // gather groups the connections by host, if they have changed, and reports
@@ -587,7 +594,10 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 		if c.leaving.Load() {
 			continue
 		}
-		key := hostKey{c.host, c.listener, maphash.String(engineSeed, c.peer.Load().EngineID) % maxEngines}
+		key := hostKey{host: c.host, listener: c.listener}
+		if d.apart {
+			key.engine = maphash.String(engineSeed, c.peer.Load().EngineID) % maxEngines
+		}
 		h := d.hosts[key]
 		if h == nil {
 			from := a.checks.Missed(c.host, now)
@@ -630,7 +640,7 @@ func (h *drainHost) step(now time.Duration) (next time.Duration) {
 			}
 		}
 	}
-	return max(next, now+leastLook)
+	return next
 }
 
 // dropLeaving removes the connections that end.

@@ -92,7 +92,7 @@ const (
 
 const (
 	maxEngines  = 64                   // of a host that are drained by themselves
-	maxApart    = 1000                 // connections with which that is done: of more, few wait for each other
+	maxApart    = 1000                 // connections of the agent at most for that, since package drain bounds what one host costs
 	manyConns   = 100                  // of a drain whose looks are kept apart
 	spacing     = 4 * time.Microsecond // for each connection, beyond manyConns, between looks because one has ended
 	stopFor     = 100 * time.Millisecond

@@ -30,18 +30,18 @@ func (w *workers) addWatched(q *queue) {
 	w.watchMu.Unlock()
 }
 
-// setWatch makes watch run in a tick, or later if no reader reads then. The
-// caller must hold watchMu.
-func (w *workers) setWatch(now, later time.Duration) {
+// setWatch makes a reader run watch in a tick, or the timer after late if no
+// reader reads by then. The caller must hold watchMu.
+func (w *workers) setWatch(now, late time.Duration) {
 	w.watching = true
 	w.due.Store(int64(now + tick))
-	w.timer.Reset(later)
+	w.timer.Reset(late)
 }
 
 // watchIfDue calls watch if it is due. A reader that has just looked at the clock
-// calls it, which mostly spares the timer: that wakes a thread, also when it is
-// only set soon, which costs as much CPU as several NOTIFYs. It is short to be
-// inlined.
+// calls it, which mostly spares the timer: one that expires, or is always about
+// to, wakes a thread, which costs as much CPU as several NOTIFYs. It is short to
+// be inlined.
 func (w *workers) watchIfDue(now time.Duration) {
 	if now >= time.Duration(w.due.Load()) {
 		w.watch(true)
@@ -50,8 +50,8 @@ func (w *workers) watchIfDue(now time.Duration) {
 
 const (
 	tick       = time.Millisecond
-	lateTick   = tick + tick/4 // if only the timer is there to look,
-	seldomTick = 4 * tick      // also if readers have looked, saw no handler run, and none can be late
+	lateTick   = tick + tick/4 // until the timer expires, if no reader reads
+	seldomTick = 4 * tick      // the same while readers see no handler run, and no timeout is set
 	busyQueues = 3             // with a call at the last look or since,
 	busyCalls  = 128           // and so many of them inline since then
 	slowWarn   = time.Second   // a handler that takes longer is warned of
@@ -60,6 +60,7 @@ const (
 // watch looks at the queues whose handlers run: it takes connections away from
 // stalled readers, answers what is late, and warns of slow handlers. It runs every
 // tick while there are such queues and a reader reads, or when the timer expires.
+// ByReader tells which of the two calls it.
 //
 // It also sets busy when many readers have much to do. Then those whose
 // NOTIFYs come several at a time let others run before they read again: meanwhile

@@ -78,7 +78,7 @@ const (
 	fullLooks    = 2                      // at a connection that is full before it is parted: it has no more than window
 	window       = 20                     // HAProxy's default of max-waiting-frames, and its streams on a connection from 3.1 on
 	compared     = 3                      // rounds at least whose waiting NOTIFYs are compared
-	fading       = 15. / 16               // of what waited, with each round that it is ago
+	fading       = 15. / 16               // what a round leaves of most
 	patience     = 20                     // rounds before a host's connections are parted one without the others,
 	patienceMany = 5                      // and of a host with many, which are hardly ever all ready
 	many         = 100                    // connections
@@ -86,7 +86,7 @@ const (
 	boldParts    = 10                     // a bold round parts one in so many of those with answers
 	oneIn        = 32                     // of many with answers are parted together
 	often        = 10                     // NOTIFYs of one connection in QuietTime: others that have none are spare
-	maxSilence   = QuietTime / 4          // of all, after which nothing is spare
+	maxSilence   = QuietTime / 4          // of all connections: after it none is spare
 	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
 	perLook      = 64                     // connections parted by one look
 	perLastLook  = 256                    // the same from Until on

@@ -80,9 +80,12 @@ func TestStandsStill(t *testing.T) {
 		l.Notice(notice)
 		line := []byte(strings.Repeat("x", 99) + "\n")
 		const lines = 3 * most / 100
-		for range lines {
+		for i := range lines {
 			if n, err := l.Write(line); n != len(line) || err != nil {
 				t.Fatal(n, err)
+			}
+			if i == 0 {
+				synctest.Wait() // until that line is being written
 			}
 		}
 		dropped := l.Dropped()

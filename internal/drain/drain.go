@@ -22,8 +22,10 @@
 //     holdFor: who has no answer sends nothing.
 //   - Ready: a connection is ready to be parted when all of its NOTIFYs have an
 //     answer, held or sent, no frame is half there, and it is quiet: idle for
-//     QuietTime, or with as many NOTIFYs waiting as HAProxy allows itself
-//     (window), or without a new one for quiet and quietLooks looks.
+//     QuietTime, or for fullLooks looks with as many NOTIFYs waiting as HAProxy
+//     allows itself (window), or without a new one for quiet and quietLooks looks.
+//     When others were parted it must be quiet anew in that last sense, even if it
+//     was idle: HAProxy sends on it what it cannot send on those.
 //   - Together: connections are parted only while all of the host are ready, and
 //     some NOTIFYs wait, as many as in the fullest of the rounds before, of which
 //     older ones count less, or all are idle for QuietTime. On a busy machine a
@@ -48,10 +50,11 @@
 //   - Spare: HAProxy up to 3.0 prefers some connections to others, which it uses
 //     when these are full, as they are in a hold. So while it uses some often,
 //     those that are idle for QuietTime are parted first, between the holds, when
-//     a NOTIFY has just come: then HAProxy runs, and reads the AGENT-DISCONNECT
-//     before it has much to send. After maxSilence the rounds go on. Those of a
-//     host with more than a thousand connections are parted in any case, since to
-//     hold all would delay many answers.
+//     NOTIFYs have come for evenFor without a long pause: then HAProxy runs, and
+//     reads the AGENT-DISCONNECT before it has much to send. If that has not been
+//     so for maxWait the rounds go on. Those of a host with more than a thousand
+//     connections are parted in any case, since to hold all would delay many
+//     answers.
 //   - Few at a time: a look parts no more than perLook connections, since the end
 //     of thousands at once would delay the answers of the others.
 //   - Last: from Until on every connection is parted, whatever is in flight.
@@ -86,7 +89,9 @@ const (
 	boldParts    = 10                     // a bold round parts one in so many of those with answers
 	oneIn        = 32                     // of many with answers are parted together
 	often        = 10                     // NOTIFYs of one connection in QuietTime: others that have none are spare
-	maxSilence   = QuietTime / 4          // of all connections: after it none is spare
+	longPause    = 5 * time.Millisecond   // between NOTIFYs: HAProxy may not have run
+	evenFor      = 30 * time.Millisecond  // without a long pause: HAProxy runs
+	maxWait      = QuietTime / 4          // for HAProxy to be seen to run: after it none is spare
 	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
 	perLook      = 64                     // connections parted by one look
 	perLastLook  = 256                    // the same from Until on
@@ -134,6 +139,7 @@ type Conn struct {
 	used    bool          // it has received one since
 	since   time.Duration // when Notifies last changed
 	looks   int           // since then
+	anew    bool          // it must be quiet since then though it is idle
 }
 
 func (c *Conn) idle(now time.Duration) bool {
@@ -149,6 +155,8 @@ type Host struct {
 	Until  time.Duration // everything is parted then; 0: no such time
 
 	heard   time.Duration // when a look last saw that a NOTIFY had come
+	even    time.Duration // since when that was so without a pause longer than longPause
+	ran     time.Duration // when HAProxy was last seen to run
 	counted time.Duration // when it was last judged how often HAProxy uses each
 	picks   bool          // HAProxy uses some connections again and again before it uses others
 	holding bool
@@ -169,9 +177,7 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		c.used, c.seen = c.Notifies != c.seen, c.Notifies
 		active = active || c.used
 	}
-	if active {
-		h.heard = now
-	}
+	runs := h.runs(now, active)
 	h.count(now, conns)
 	last := h.Until
 	if last == 0 {
@@ -184,11 +190,12 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		}
 		return now + Tick(len(conns))
 	case now < h.From:
+		h.ran = h.From // then it has maxWait to be seen to run
 		return min(h.From, last)
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
 	case !h.holding && h.hasSpare(now, conns):
-		if active || len(conns) > thousand || h.Until > 0 {
+		if runs || len(conns) > thousand || h.Until > 0 {
 			partSome(now, conns)
 		}
 		return min(now+Tick(len(conns)), last)
@@ -196,6 +203,23 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 		return h.retry
 	}
 	return min(h.round(now, conns), last)
+}
+
+// runs reports whether HAProxy is seen to run: it sends NOTIFYs, and has sent some
+// all the time. After a pause it may have many to send, and use every connection.
+func (h *Host) runs(now time.Duration, active bool) bool {
+	if !active {
+		return false
+	}
+	if now-h.heard > longPause {
+		h.even = now
+	}
+	h.heard = now
+	runs := now-h.even >= evenFor
+	if runs {
+		h.ran = now
+	}
+	return runs
 }
 
 // count judges, once in QuietTime, whether HAProxy picks some connections only: a
@@ -238,7 +262,7 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 // hasSpare reports whether some connections are idle and are to be parted without
 // a hold.
 func (h *Host) hasSpare(now time.Duration, conns []*Conn) bool {
-	busy := h.picks && now-h.heard < maxSilence
+	busy := h.picks && now-h.ran < maxWait
 	return (busy || len(conns) > thousand) && slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
 }
 
@@ -303,7 +327,7 @@ func (c *Conn) look(now time.Duration) {
 	switch {
 	case !c.held:
 		c.held, c.Verdict, c.base = true, Hold, c.Answered
-		c.since, c.looks = now, 0
+		c.since, c.looks, c.anew = now, 0, false
 	case c.used:
 		c.since, c.looks = now, 0
 	default:
@@ -313,7 +337,8 @@ func (c *Conn) look(now time.Duration) {
 	if c.Notifies == 0 {
 		least = quietNew
 	}
-	isQuiet := c.idle(now) || c.Notifies-c.base >= window || now-c.since >= least && c.looks >= quietLooks
+	isFull := c.Notifies-c.base >= window && c.looks >= fullLooks
+	isQuiet := c.idle(now) && !c.anew || isFull || now-c.since >= least && c.looks >= quietLooks
 	half := c.Partial && now-c.LastUsed < QuietTime
 	c.settled = c.Notifies == c.Answered && !half
 	c.ready = c.settled && isQuiet
@@ -353,7 +378,7 @@ func partFull(now time.Duration, conns []*Conn) bool {
 
 func quietAnew(now time.Duration, conns []*Conn) {
 	for _, c := range conns {
-		c.since, c.looks = now, 0
+		c.since, c.looks, c.anew = now, 0, true
 	}
 }
 

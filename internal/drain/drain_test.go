@@ -242,25 +242,55 @@ func TestSpare(t *testing.T) {
 		name     string
 		after    time.Duration // From
 		notifies uint64        // of one connection in that time
-		want     Verdict
+		want     bool
 	}{
-		{"often", QuietTime, often, Part},
-		{"not often enough", QuietTime, often - 1, Hold},
-		{"often for long", 5 * QuietTime, 5 * often, Part},
-		{"not often enough for long", 5 * QuietTime, 5*often - 1, Hold},
-		{"not seen for long enough", QuietTime - 1, 100 * often, Hold},
+		{"often", QuietTime, often, true},
+		{"not often enough", QuietTime, often - 1, false},
+		{"often for long", 5 * QuietTime, 5 * often, true},
+		{"not often enough for long", 5 * QuietTime, 5*often - 1, false},
+		{"not seen for long enough", QuietTime - 1, 100 * often, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBench(t, Host{From: tt.after, Rounds: true}, used, idle, idle)
 			b.step()
 			b.now += tt.after
 			b.notify(b.conns[0], tt.notifies)
-			if tt.want == Part {
-				b.want(Keep, Part, Part)
-			} else {
+			if !tt.want {
 				b.want(Hold, Hold, Hold)
+				return
 			}
+			b.want(Keep, Keep, Keep)
+			b.evenly(b.conns[0], evenFor-ms, ms)
+			b.now += ms
+			b.notify(b.conns[0], 1)
+			b.want(Keep, Part, Part)
 		})
+	}
+}
+
+// evenly receives a NOTIFY on c each time that the interval is over, for d, and
+// expects that nothing becomes of it.
+func (b *bench) evenly(c *Conn, d, interval time.Duration) {
+	b.t.Helper()
+	for end := b.now + d; b.now < end; {
+		b.now += interval
+		b.notify(c, 1)
+		b.want(make([]Verdict, len(b.conns))...)
+	}
+}
+
+// After a pause HAProxy may have much to send, for which it uses spare connections.
+func TestSparePause(t *testing.T) {
+	for interval, want := range map[time.Duration]Verdict{longPause: Part, longPause + ms: Keep} {
+		b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
+		b.want(Keep, Keep)
+		b.now = b.From
+		b.notify(b.conns[0], often)
+		b.want(Keep, Keep)
+		b.evenly(b.conns[0], evenFor-longPause, interval)
+		b.now += longPause
+		b.notify(b.conns[0], 1)
+		b.want(Keep, want)
 	}
 }
 
@@ -272,15 +302,13 @@ func TestSpareAgain(t *testing.T) {
 	b.now = b.From
 	b.notify(b.conns[0], 100)
 	b.want(Hold, Hold)
-	b.now += holdFor / 2
-	b.notify(b.conns[0], 1)
+	b.evenly(b.conns[0], holdFor-ms, ms)
+	b.now += ms
+	b.want(Release, Release)
+	b.now += pause // HAProxy may not run
 	b.want(Keep, Keep)
-	for b.holding {
-		b.now += ms
-		b.step()
-	}
-	b.now += ms + pause // HAProxy may not run
-	b.want(Keep, Keep)
+	b.evenly(b.conns[0], evenFor, ms)
+	b.now += ms
 	b.notify(b.conns[0], 1)
 	b.want(Keep, Part)
 	b.add(fresh)
@@ -289,18 +317,24 @@ func TestSpareAgain(t *testing.T) {
 	b.want(Hold, Hold)
 }
 
-// A host that has fallen silent has no spare connections: it may be waiting for
+// A host that is not seen to run has no spare connections: it may be waiting for
 // another process to accept new ones.
 func TestSpareSilence(t *testing.T) {
 	b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
 	b.want(Keep, Keep)
 	b.now = b.From
 	b.notify(b.conns[0], often)
+	b.want(Keep, Keep)
+	b.evenly(b.conns[0], evenFor-ms, ms)
+	b.now += ms
+	b.notify(b.conns[0], 1)
 	b.want(Keep, Part)
 	b.add(Look{Agreed: true, LastUsed: 2 * QuietTime})
-	b.now += maxSilence - ms
+	b.now += maxWait - ms
+	b.notify(b.conns[0], 1)
 	b.want(Keep, Keep)
 	b.now += ms
+	b.notify(b.conns[0], 1)
 	b.want(Hold, Hold)
 }
 
@@ -349,6 +383,29 @@ func TestFull(t *testing.T) {
 		b.now += ms
 		b.want(want, Keep)
 	}
+}
+
+// What HAProxy cannot send on a connection that has just become full, or was
+// parted, it sends on one that was idle.
+func TestFullFirst(t *testing.T) {
+	b := newBench(t, Host{Rounds: true}, used, idle)
+	b.rounds = compared // enough to compare
+	b.want(Hold, Hold)
+	b.now += quiet
+	b.notify(b.conns[0], window)
+	b.want(Keep, Keep)
+	for range fullLooks - 1 {
+		b.now += ms
+		b.want(Keep, Keep)
+	}
+	b.now += ms
+	b.want(Part, Keep)
+	for range quietLooks - 1 {
+		b.now += (quiet - ms) / quietLooks
+		b.want(Keep)
+	}
+	b.now = b.conns[0].since + quiet
+	b.want(Part)
 }
 
 // A host all of whose connections are idle is parted at once.
@@ -407,11 +464,18 @@ func TestReadyLooks(t *testing.T) {
 
 // With as many NOTIFYs waiting as HAProxy allows itself it sends no more.
 func TestReadyWindow(t *testing.T) {
-	for n, want := range map[uint64]bool{window - 1: false, window: true} {
+	for n, want := range map[uint64]bool{window - 1: false, window + 1: true} { // with window it is parted at once
 		b := newBench(t, Host{Rounds: true}, used, busy)
 		c := b.conns[0]
 		b.want(Hold, Hold)
 		b.notify(c, n)
+		for range fullLooks {
+			b.now += ms
+			b.want(Keep, Keep)
+			if c.ready {
+				t.Errorf("%d waiting: ready after %d looks, want %d", n, c.looks, fullLooks)
+			}
+		}
 		b.now += ms
 		b.want(Keep, Keep)
 		if c.ready != want {
@@ -646,7 +710,7 @@ func TestBoldMany(t *testing.T) {
 
 // When little time is left, those that are ready are parted before all are.
 func TestLast(t *testing.T) {
-	b := newBench(t, Host{Rounds: true, Until: 100 * ms}, busy, used, idle, mute, fresh)
+	b := newBench(t, Host{Rounds: true, Until: 100 * ms}, busy, used, idle, idle, mute, fresh)
 	stuck, noisy := b.conns[0], b.conns[1]
 	took := b.run(time.Second, func() { b.notify(noisy, 1) })
 	if want := 100 * ms; took < want || took > want+ms {

@@ -669,6 +669,27 @@ func (a *Actions) UnsetVar(s Scope, name string) {
 	}
 }
 
+// Append adds the actions of other, and why one was refused there, as if each had
+// been set here. If all fits it is one copy, so a handler that often sets the same
+// variables can prepare them. Several goroutines may append the same other at once,
+// as long as none changes it.
+func (a *Actions) Append(other *Actions) {
+	if other.err != nil {
+		a.fail(other.err)
+	}
+	if a.max == 0 || len(a.buf)+len(other.buf) <= a.max {
+		a.buf = append(a.buf, other.buf...)
+		return
+	}
+	for act := range other.All() {
+		if act.Unset {
+			a.UnsetVar(act.Scope, act.Name)
+		} else {
+			a.SetVar(act.Scope, act.Name, act.Value)
+		}
+	}
+}
+
 // beginAction returns the actions with the beginning of another one.
 func (a *Actions) beginAction(action, nargs byte, s Scope, name string, size int) (b []byte, ok bool) {
 	switch {

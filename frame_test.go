@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"math"
 	"net/netip"
 	"os"
@@ -538,6 +539,38 @@ func TestActionsLimit(t *testing.T) {
 		if have := string(a.buf); tt.want != have || (a.Err() == nil) != tt.ok {
 			t.Errorf("%s: want %q, ok %v, have %q, %v", tt.name, tt.want, tt.ok, have, a.Err())
 		}
+	}
+}
+
+// What is appended is as if it had been set one by one, also where not all of it fits.
+func TestActionsAppend(t *testing.T) {
+	set := func(a *Actions) {
+		a.SetVar(ScopeTxn, "text", String("abc"))
+		a.SetVar(ScopeTxn, "long", String("abcdefghijklmnopqrstuvwxyz"))
+		a.UnsetVar(ScopeSess, "gone")
+	}
+	var prepared Actions
+	set(&prepared)
+	size := len(prepared.buf)
+	for _, max := range []int{0, size + 8, size + 7, size + 1, 30, 9} {
+		want, have := Actions{max: max}, Actions{max: max}
+		want.UnsetVar(ScopeReq, "own") // 7 bytes
+		have.UnsetVar(ScopeReq, "own")
+		set(&want)
+		have.Append(&prepared)
+		if !bytes.Equal(want.buf, have.buf) || fmt.Sprint(want.Err()) != fmt.Sprint(have.Err()) {
+			t.Errorf("limit %d: want %q, %v, have %q, %v", max, want.buf, want.Err(), have.buf, have.Err())
+		}
+	}
+	if len(prepared.buf) != size {
+		t.Errorf("want what is appended unchanged, have %q", prepared.buf)
+	}
+	refused := Actions{max: 10}
+	set(&refused)
+	var a Actions
+	a.Append(&refused)
+	if a.Err() == nil || a.Err() != refused.Err() || !bytes.Equal(a.buf, refused.buf) {
+		t.Errorf("want the error %v with the rest, have %v and %q", refused.Err(), a.Err(), a.buf)
 	}
 }
 

@@ -62,83 +62,97 @@ func newScorer(l *lists.Lists, judged func(list string, listed bool)) scorer {
 			a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(rand.Uint32N(lists.BestScore+1)))
 		}
 	}
-	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
-		v := l.Lookup(ip)
-		listed := v.State == lists.Listed
-		if !listed {
-			v.List = ""
-		}
-		judged(v.List, listed)
+	set := func(v lists.Verdict, a *spoa.Actions) {
 		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(v.Score)))
-		if listed {
+		if v.State == lists.Listed {
 			a.SetVar(spoa.ScopeSess, "ip_list", spoa.String(v.List))
 		} else {
 			// A session of several requests may have had one before a reload.
 			a.UnsetVar(spoa.ScopeSess, "ip_list")
 		}
 	}
+	var best spoa.Actions // for the many that are not listed
+	set(lists.Verdict{Score: lists.BestScore}, &best)
+	return func(_ context.Context, ip netip.Addr, a *spoa.Actions) {
+		v := l.Lookup(ip)
+		if v.State == lists.Listed {
+			judged(v.List, true)
+			set(v, a)
+			return
+		}
+		judged("", false)
+		a.Append(&best)
+	}
 }
 
 // scorer returns one that goes by all sources, and reports to judged every
 // verdict.
 func (s *sources) scorer(judged func(source string, listed bool), denied func()) scorer {
+	var best spoa.Actions // for the many that no source lists
+	s.explain(&reputation.Verdict{Score: reputation.BestScore}, &best)
 	return func(ctx context.Context, ip netip.Addr, a *spoa.Actions) {
 		v := s.Judge(ctx, ip)
 		judged(v.Source, v.State == reputation.Listed)
-		score := v.Score
-		if s.monitor {
-			if v.Score < s.denyBelow {
-				denied()
-				level.Info(s.logger).Log("msg", "would deny", "addr", v.Addr, "score", v.Score, "reason", v.Reason,
-					"sources", v.Sources, "missing", v.Missing, "decision", v.Decision, "country", v.Country, "asn", v.ASN)
-			}
-			a.SetVar(spoa.ScopeSess, "ip_monitor", spoa.Uint32(uint32(v.Score)))
-			score = reputation.BestScore
+		if s.monitor && v.Score < s.denyBelow {
+			denied()
+			level.Info(s.logger).Log("msg", "would deny", "addr", v.Addr, "score", v.Score, "reason", v.Reason,
+				"sources", v.Sources, "missing", v.Missing, "decision", v.Decision, "country", v.Country, "asn", v.ASN)
 		}
-		a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
-		s.explain(&v, a)
+		if v.State == reputation.NotListed && v.Missing == "" {
+			a.Append(&best)
+		} else {
+			s.explain(&v, a)
+		}
+		s.locate(&v, a)
 	}
 }
 
-// explain sets the variables that say what a verdict rests on. What has no value
-// is unset, since a session of several requests may have had one, unless none of
-// the sources ever gives it one.
+// explain sets the score of a verdict and the variables that say what it rests on.
+// What has no value is unset, since a session of several requests may have had one,
+// unless none of the sources ever gives it one.
 func (s *sources) explain(v *reputation.Verdict, a *spoa.Actions) {
-	set := func(name, value string) {
-		if value == "" {
-			a.UnsetVar(spoa.ScopeSess, name)
-			return
-		}
-		a.SetVar(spoa.ScopeSess, name, spoa.String(value))
-	}
-	list := ""
+	score, list, decision := v.Score, "", v.Decision
 	if v.State == reputation.Listed {
 		list = v.Source
 	}
-	set("ip_list", list)
-	set("ip_reason", v.Reason)
-	set("ip_sources", v.Sources)
+	if s.monitor {
+		a.SetVar(spoa.ScopeSess, "ip_monitor", spoa.Uint32(uint32(score)))
+		score, decision = reputation.BestScore, ""
+	}
+	a.SetVar(spoa.ScopeSess, "ip_score", spoa.Uint32(uint32(score)))
+	setText(a, "ip_list", list)
+	setText(a, "ip_reason", v.Reason)
+	setText(a, "ip_sources", v.Sources)
 	if s.decisions || s.zones {
-		set("ip_missing", v.Missing)
+		setText(a, "ip_missing", v.Missing)
 	}
 	if s.decisions {
-		decision := v.Decision
-		if s.monitor {
-			decision = ""
-		}
-		set("ip_decision", decision)
+		setText(a, "ip_decision", decision)
 	}
+}
+
+// locate sets the variables that say where the address of a verdict belongs, or
+// unsets them as explain does.
+func (s *sources) locate(v *reputation.Verdict, a *spoa.Actions) {
 	if len(s.places) == 0 {
 		return
 	}
-	set("ip_country", v.Country)
+	setText(a, "ip_country", v.Country)
 	if !slices.ContainsFunc(s.places, (*mmdb.Database).HasNetworks) {
 		return
 	}
-	set("ip_org", v.Org)
+	setText(a, "ip_org", v.Org)
 	if v.ASN == 0 {
 		a.UnsetVar(spoa.ScopeSess, "ip_asn")
 	} else {
 		a.SetVar(spoa.ScopeSess, "ip_asn", spoa.Uint32(v.ASN))
 	}
+}
+
+func setText(a *spoa.Actions, name, value string) {
+	if value == "" {
+		a.UnsetVar(spoa.ScopeSess, name)
+		return
+	}
+	a.SetVar(spoa.ScopeSess, name, spoa.String(value))
 }

@@ -324,8 +324,8 @@ func TestSourcesAllocateNothing(t *testing.T) {
 				_ = h(ctx, m, &a) // did not fail before
 			}))
 		}
-		if want, have := allocs[0], allocs[1]; want != have {
-			t.Errorf("%s: allocations: want %v, have %v", addr, want, have)
+		if most, have := allocs[0], allocs[1]; have > most {
+			t.Errorf("%s: allocations: want %v at most, have %v", addr, most, have)
 		}
 	}
 }

@@ -36,7 +36,7 @@ func (h *haproxy) checkNoError(t *testing.T, got tally) {
 // Two agents that are restarted in turn, again and again, cost nothing.
 func TestE2ERollingRestart(t *testing.T) {
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
-		const clients, restarts = 100, 6
+		const clients, restarts = 50, 8
 		const drain = 30 * time.Second // since on a busy machine health checks are late, and the agent waits for them
 		names := [2]string{"iprep-server", "second"}
 		var agents [2]*agentProcess

@@ -137,9 +137,9 @@ type Conn struct {
 	base    uint64        // Answered when the hold began
 	seen    uint64        // Notifies at the last look
 	used    bool          // it has received one since
-	since   time.Duration // when Notifies last changed
+	since   time.Duration // when Notifies last changed in this hold, or others were parted
 	looks   int           // since then
-	anew    bool          // it must be quiet since then though it is idle
+	anew    bool          // others were parted: it must be quiet since then, even if it is idle
 }
 
 func (c *Conn) idle(now time.Duration) bool {
@@ -376,6 +376,7 @@ func partFull(now time.Duration, conns []*Conn) bool {
 	return parted > 0
 }
 
+// quietAnew makes all connections prove again that they are quiet.
 func quietAnew(now time.Duration, conns []*Conn) {
 	for _, c := range conns {
 		c.since, c.looks, c.anew = now, 0, true

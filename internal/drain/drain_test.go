@@ -279,14 +279,21 @@ func (b *bench) evenly(c *Conn, d, interval time.Duration) {
 	}
 }
 
+// newSpareBench returns a host at its From, with a connection that HAProxy uses
+// often, and a spare one.
+func newSpareBench(t *testing.T) *bench {
+	b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
+	b.want(Keep, Keep)
+	b.now = b.From
+	b.notify(b.conns[0], often)
+	b.want(Keep, Keep)
+	return b
+}
+
 // After a pause HAProxy may have much to send, for which it uses spare connections.
 func TestSparePause(t *testing.T) {
 	for interval, want := range map[time.Duration]Verdict{longPause: Part, longPause + ms: Keep} {
-		b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
-		b.want(Keep, Keep)
-		b.now = b.From
-		b.notify(b.conns[0], often)
-		b.want(Keep, Keep)
+		b := newSpareBench(t)
 		b.evenly(b.conns[0], evenFor-longPause, interval)
 		b.now += longPause
 		b.notify(b.conns[0], 1)
@@ -320,11 +327,7 @@ func TestSpareAgain(t *testing.T) {
 // A host that is not seen to run has no spare connections: it may be waiting for
 // another process to accept new ones.
 func TestSpareSilence(t *testing.T) {
-	b := newBench(t, Host{From: QuietTime, Rounds: true}, used, idle)
-	b.want(Keep, Keep)
-	b.now = b.From
-	b.notify(b.conns[0], often)
-	b.want(Keep, Keep)
+	b := newSpareBench(t)
 	b.evenly(b.conns[0], evenFor-ms, ms)
 	b.now += ms
 	b.notify(b.conns[0], 1)

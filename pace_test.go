@@ -218,6 +218,57 @@ func TestSeldomTick(t *testing.T) {
 	}
 }
 
+// Readers of many connections put the timer off for longer, since those that are
+// left look as well. Only if the handlers of all stall at once is that noticed late.
+func TestFarTick(t *testing.T) {
+	for name, tt := range map[string]struct {
+		stalled     int
+		least, most time.Duration // until what is behind them is answered
+	}{
+		"all stall": {busyQueues, farTick - 2*tick, farTick + 2*lateTick},
+		"one reads": {busyQueues - 1, 0, 3 * tick},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				_, ln := startMem(t, withNumbered(), WithHandler("wait", g))
+				var all []*haproxy
+				for range busyQueues {
+					all = append(all, ln.greet(t))
+				}
+				id := uint64(100)
+				call := func(peers []*haproxy) {
+					for range 20 {
+						for _, h := range peers {
+							h.send(notifyFrame(1, id))
+							h.wantAck(1, id)
+							id++
+						}
+						time.Sleep(tick / 2)
+					}
+				}
+				call(all)
+				began := time.Now()
+				stalled, others := all[:tt.stalled], all[tt.stalled:]
+				for _, h := range stalled {
+					h.send(notifyOf(1, 1, waiting("x")), notifyFrame(1, 2))
+				}
+				called := make(chan struct{})
+				go func() {
+					defer close(called)
+					call(others)
+				}()
+				for _, h := range stalled {
+					h.wantAck(1, 2)
+				}
+				wantTook(t, "the answers", began, tt.least, tt.most)
+				<-called
+				close(g.open)
+			})
+		})
+	}
+}
+
 // A handler that stalls keeps neither those before it nor those after it on its
 // connection waiting, and what it looks at stays as it is.
 func TestHandOver(t *testing.T) {

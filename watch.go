@@ -35,13 +35,37 @@ func (w *workers) addWatched(q *queue) {
 func (w *workers) setWatch(now, late time.Duration) {
 	w.watching = true
 	w.due.Store(int64(now + tick))
-	w.timer.Reset(late)
+	w.late = now + late
+	if !w.armed || w.late < w.expires {
+		w.arm(late)
+	}
+}
+
+// arm sets the timer, which is to expire at late. The caller must hold watchMu.
+func (w *workers) arm(after time.Duration) {
+	w.armed, w.expires = true, w.late
+	w.timer.Reset(after)
+}
+
+// expired runs watch, unless late has been put off since the timer was set.
+func (w *workers) expired() {
+	w.watchMu.Lock()
+	w.armed = false
+	rest := w.late - w.clock()
+	early := w.watching && rest > 0
+	if early {
+		w.arm(rest)
+	}
+	w.watchMu.Unlock()
+	if !early {
+		w.watch(false)
+	}
 }
 
 // watchIfDue calls watch if it is due. A reader that has just looked at the clock
-// calls it, which mostly spares the timer: one that expires, or is always about
-// to, wakes a thread, which costs as much CPU as several NOTIFYs. It is short to
-// be inlined.
+// calls it, which mostly spares the timer: to set it often wakes a thread, and so
+// does its expiry; and while that is near, each wait of a thread costs more. Behind
+// HAProxy this took a tenth of the CPU. It is short to be inlined.
 func (w *workers) watchIfDue(now time.Duration) {
 	if now >= time.Duration(w.due.Load()) {
 		w.watch(true)
@@ -52,7 +76,8 @@ const (
 	tick       = time.Millisecond
 	lateTick   = tick + tick/4 // until the timer expires, if no reader reads
 	seldomTick = 4 * tick      // the same while readers see no handler run, and no timeout is set
-	busyQueues = 3             // with a call at the last look or since,
+	farTick    = 50 * tick     // and many readers read, each of which will look, unless handlers of all stall at once
+	busyQueues = 3             // are many: with a call at the last look or since,
 	busyCalls  = 128           // and so many of them inline since then
 	slowWarn   = time.Second   // a handler that takes longer is warned of
 )
@@ -77,15 +102,21 @@ func (w *workers) watch(byReader bool) {
 	w.looked, w.watched = w.watched, w.looked[:0]
 	w.watchMu.Unlock()
 	kept := w.looked[:0]
-	calls, anyActive := uint64(0), false
+	calls, callers, anyActive := uint64(0), 0, false
 	w.shedBounded(now)
 	for _, q := range w.looked {
 		active, n := q.look(now)
 		calls += n
+		if n > 0 {
+			callers++
+		}
 		anyActive = anyActive || active
 		if active || byReader && n > 0 || q.keepWatching() {
 			kept = append(kept, q)
 		}
+	}
+	if callers >= busyQueues {
+		w.manyUntil = now + farTick
 	}
 	if busy := len(w.looked) >= busyQueues && calls >= busyCalls; busy != w.busy.Load() {
 		w.busy.Store(busy)
@@ -93,14 +124,18 @@ func (w *workers) watch(byReader bool) {
 	w.watchMu.Lock()
 	w.watched = append(w.watched, kept...)
 	clear(w.looked)
-	switch {
-	case len(w.watched) == 0:
+	if len(w.watched) == 0 {
 		w.watching = false
 		w.due.Store(math.MaxInt64)
-	case byReader && !anyActive && !w.anyTimeout():
-		w.setWatch(now, seldomTick)
-	default:
-		w.setWatch(now, lateTick)
+	} else {
+		late := lateTick
+		if byReader && !anyActive && !w.anyTimeout() {
+			late = seldomTick
+			if now < w.manyUntil {
+				late = farTick
+			}
+		}
+		w.setWatch(now, late)
 	}
 	w.watchMu.Unlock()
 }

@@ -342,12 +342,16 @@ type workers struct {
 	boundMu sync.Mutex
 
 	watchMu  sync.Mutex
-	watched  []*queue // that have, or had a moment ago, handlers running
-	watching bool     // due and timer are set
+	watched  []*queue      // that have, or had a moment ago, handlers running
+	watching bool          // due and late are set
+	late     time.Duration // when timer is to run watch, if no reader has
 	timer    *time.Timer
+	armed    bool          // timer is set
+	expires  time.Duration // when it expires if armed: late or earlier
 
-	inWatch atomic.Bool // watch is running; others do not wait for it
-	looked  []*queue    // watch's own
+	inWatch   atomic.Bool   // watch is running; others do not wait for it
+	looked    []*queue      // watch's own
+	manyUntil time.Duration // until when many readers are taken to read; watch's own
 
 	unknownMu sync.Mutex
 	unknown   map[string]bool // names without a handler that were warned of
@@ -360,7 +364,7 @@ func newWorkers(o *options) *workers {
 	}
 	w.limit.Now = w.clock
 	w.permits.Store(int64(o.workers))
-	w.timer = time.AfterFunc(time.Hour, func() { w.watch(false) })
+	w.timer = time.AfterFunc(time.Hour, w.expired)
 	w.timer.Stop()
 	w.due.Store(math.MaxInt64)
 	return w

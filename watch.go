@@ -30,28 +30,29 @@ func (w *workers) addWatched(q *queue) {
 	w.watchMu.Unlock()
 }
 
-// setWatch makes a reader run watch in a tick, or the timer after late if no
-// reader reads by then. The caller must hold watchMu.
-func (w *workers) setWatch(now, late time.Duration) {
+// setWatch makes a reader run watch in a tick, or the timer within that time if no
+// reader has. The caller must hold watchMu.
+func (w *workers) setWatch(now, within time.Duration) {
 	w.watching = true
 	w.due.Store(int64(now + tick))
-	w.late = now + late
-	if !w.armed || w.late < w.expires {
-		w.arm(late)
+	w.latest = now + within
+	if !w.armed || w.latest < w.expires {
+		w.arm(within)
 	}
 }
 
-// arm sets the timer, which is to expire at late. The caller must hold watchMu.
+// arm makes the timer expire at latest, after that time. The caller must hold
+// watchMu.
 func (w *workers) arm(after time.Duration) {
-	w.armed, w.expires = true, w.late
+	w.armed, w.expires = true, w.latest
 	w.timer.Reset(after)
 }
 
-// expired runs watch, unless late has been put off since the timer was set.
+// expired runs watch, unless latest has been put off since the timer was set.
 func (w *workers) expired() {
 	w.watchMu.Lock()
 	w.armed = false
-	rest := w.late - w.clock()
+	rest := w.latest - w.clock()
 	early := w.watching && rest > 0
 	if early {
 		w.arm(rest)
@@ -64,8 +65,9 @@ func (w *workers) expired() {
 
 // watchIfDue calls watch if it is due. A reader that has just looked at the clock
 // calls it, which mostly spares the timer: to set it often wakes a thread, and so
-// does its expiry; and while that is near, each wait of a thread costs more. Behind
-// HAProxy this took a tenth of the CPU. It is short to be inlined.
+// does its expiry; and while that is near, each wait of a thread costs more. To set
+// it with every look would take a tenth of the CPU behind HAProxy. It is short to be
+// inlined.
 func (w *workers) watchIfDue(now time.Duration) {
 	if now >= time.Duration(w.due.Load()) {
 		w.watch(true)
@@ -76,8 +78,8 @@ const (
 	tick       = time.Millisecond
 	lateTick   = tick + tick/4 // until the timer expires, if no reader reads
 	seldomTick = 4 * tick      // the same while readers see no handler run, and no timeout is set
-	farTick    = 50 * tick     // and many readers read, each of which will look, unless handlers of all stall at once
-	busyQueues = 3             // are many: with a call at the last look or since,
+	farTick    = 50 * tick     // the same while many readers read besides: if one stalls, the next of them looks
+	busyQueues = 3             // so many queues are many: with a call at the last look or since,
 	busyCalls  = 128           // and so many of them inline since then
 	slowWarn   = time.Second   // a handler that takes longer is warned of
 )
@@ -128,14 +130,14 @@ func (w *workers) watch(byReader bool) {
 		w.watching = false
 		w.due.Store(math.MaxInt64)
 	} else {
-		late := lateTick
+		within := lateTick
 		if byReader && !anyActive && !w.anyTimeout() {
-			late = seldomTick
+			within = seldomTick
 			if now < w.manyUntil {
-				late = farTick
+				within = farTick
 			}
 		}
-		w.setWatch(now, late)
+		w.setWatch(now, within)
 	}
 	w.watchMu.Unlock()
 }

@@ -343,11 +343,11 @@ type workers struct {
 
 	watchMu  sync.Mutex
 	watched  []*queue      // that have, or had a moment ago, handlers running
-	watching bool          // due and late are set
-	late     time.Duration // when timer is to run watch, if no reader has
+	watching bool          // due and latest are set
+	latest   time.Duration // when the timer is to run watch, if no reader has
 	timer    *time.Timer
-	armed    bool          // timer is set
-	expires  time.Duration // when it expires if armed: late or earlier
+	armed    bool          // the timer is set
+	expires  time.Duration // when it expires if armed: at latest, or earlier
 
 	inWatch   atomic.Bool   // watch is running; others do not wait for it
 	looked    []*queue      // watch's own

@@ -1,19 +1,17 @@
 package spoa
 
 import (
-	"hash/maphash"
 	"time"
 
 	"github.com/spoa-go/spoa/internal/drain"
 )
 
 const (
-	stopFor    = 100 * time.Millisecond // from the phase stopping on, until every connection is parted
-	closeFor   = time.Second            // for connections to end after Close, before Serve returns
-	maxEngines = 64                     // of a host that are drained by themselves
-	maxApart   = 1000                   // connections of the agent at most for that, since package drain bounds what one host costs
-	manyConns  = 100                    // of a drain whose looks are kept apart
-	spacing    = 4 * time.Microsecond   // for each connection, beyond manyConns, between looks because one has ended
+	stopFor   = 100 * time.Millisecond // from the phase stopping on, until every connection is parted
+	closeFor  = time.Second            // for connections to end after Close, before Serve returns
+	maxApart  = 1000                   // connections of the agent at most for each engine to be drained by itself, since package drain bounds what one host costs
+	manyConns = 100                    // of a drain whose looks are kept apart
+	spacing   = 4 * time.Microsecond   // for each connection, beyond manyConns, between looks because one has ended
 )
 
 // drainer drives the drain of an agent: it looks at the connections and does
@@ -35,10 +33,8 @@ type drainer struct {
 type hostKey struct {
 	host     string
 	listener *listener
-	engine   uint64 // one of maxEngines
+	engine   string // its id; "" if all engines are drained together
 }
-
-var engineSeed = maphash.MakeSeed()
 
 type drainHost struct {
 	drain.Host
@@ -150,7 +146,7 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 		}
 		key := hostKey{host: c.host, listener: c.listener}
 		if d.apart {
-			key.engine = maphash.String(engineSeed, c.peer.Load().EngineID) % maxEngines
+			key.engine = c.peer.Load().EngineID
 		}
 		h := d.hosts[key]
 		if h == nil {

@@ -593,32 +593,40 @@ func TestDrainTwoListeners(t *testing.T) {
 	})
 }
 
-// The connections of a thread of HAProxy's, which has an engine-id of its own, are
-// not kept because those of another thread are in use.
+// The connections of HAProxy's threads, each of which has an engine-id of its own,
+// are not kept because those of another thread are in use.
 func TestDrainThreads(t *testing.T) {
 	for name, late := range map[string]bool{"HELLO before": false, "HELLO during the drain": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				g := newGate()
 				a, ln := startMem(t, WithHandler("number", g))
-				used, idle := ln.dial(t), ln.dial(t)
-				first, second := offered, offered
-				second.engineID = "second"
+				used := ln.dial(t)
+				idle := make([]*haproxy, 300)
+				for i := range idle {
+					idle[i] = ln.dial(t)
+				}
 				var shut <-chan error
 				if late {
 					synctest.Wait()
 					shut = takeOver(t, a, ln)
 				}
-				used.helloAs(first)
-				idle.helloAs(second)
+				used.helloAs(offered)
+				for i, h := range idle {
+					own := offered
+					own.engineID = fmt.Sprint("thread ", i)
+					h.helloAs(own)
+				}
 				used.send(notifyFrame(1, 1))
 				g.wait(t, 1)
 				if !late {
 					shut = takeOver(t, a, ln)
 				}
 				start := time.Now()
-				idle.wantEnd(StatusNormal)
-				wantTook(t, "the end of the idle thread", start, 0, 1500*time.Millisecond)
+				for _, h := range idle {
+					h.wantEnd(StatusNormal)
+				}
+				wantTook(t, "the end of the idle threads", start, 0, 1500*time.Millisecond)
 				close(g.open)
 				used.wantAck(1, 1)
 				used.wantEnd(StatusNormal)

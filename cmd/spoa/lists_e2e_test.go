@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -34,8 +35,9 @@ func TestE2EFeeds(t *testing.T) {
 	}
 	forEachHAProxy(t, func(t *testing.T, bin haproxyBin) {
 		cache := filepath.Join(t.TempDir(), "cache")
-		for _, args := range [][]string{byFile, append(byURL[:len(byURL):len(byURL)], "-cache", cache)} {
-			cmd := asCommand(t, append(args, "-listen", "127.0.0.1:0", "-metrics", "127.0.0.1:0")...)
+		common := []string{"-listen", "127.0.0.1:0", "-metrics", "127.0.0.1:0", "-cache", cache}
+		for _, feedArgs := range [][]string{byFile, byURL} {
+			cmd := asCommand(t, slices.Concat(feedArgs, common)...)
 			cmd.Env = append(cmd.Env, "SSL_CERT_FILE="+authority)
 			agent := startProcess(t, cmd, syscall.SIGKILL)
 			front := freeAddr(t, "127.0.0.1")

@@ -376,16 +376,12 @@ func startHAProxy(t *testing.T, bin haproxyBin, s setup) *haproxy {
 			}
 		}
 	})
-	eventually(t, "haproxy's frontend", func() bool {
+	eventually(t, "haproxy's frontends", func() bool {
 		if h.ctx.Err() != nil {
 			t.Fatalf("haproxy did not start: %v", h.err)
 		}
-		c, err := net.Dial("tcp", front)
-		if err != nil {
-			return false
-		}
-		c.Close()
-		return true
+		info, err := command(h.stats, "show info") // answered when it listens to all its addresses
+		return err == nil && info != ""
 	})
 	return h
 }

@@ -135,7 +135,7 @@ func TestBusyMemory(t *testing.T) {
 				h.wantAnswers()
 			}
 		}
-		if have, most := (heap()-before)/conns, int64(2*maxBuffer+16<<10); have > most {
+		if have, most := (heap()-before)/conns, int64(2*maxBuffer+maxBuffer/2); have > most {
 			t.Errorf("want at most %d bytes a connection, have %d", most, have)
 		}
 	})

@@ -53,21 +53,20 @@ func (w *workers) expired() {
 	w.watchMu.Lock()
 	w.armed = false
 	rest := w.latest - w.clock()
-	early := w.watching && rest > 0
-	if early {
+	due := w.watching && rest <= 0
+	if w.watching && !due {
 		w.arm(rest)
 	}
 	w.watchMu.Unlock()
-	if !early {
+	if due {
 		w.watch(false)
 	}
 }
 
-// watchIfDue calls watch if it is due. A reader that has just looked at the clock
-// calls it, which mostly spares the timer: to set it often wakes a thread, and so
-// does its expiry; and while that is near, each wait of a thread costs more. To set
-// it with every look would take a tenth of the CPU behind HAProxy. It is short to be
-// inlined.
+// watchIfDue calls watch if it is due. A reader that has just read the clock calls
+// it, so that the timer is seldom set: to set it wakes a thread, and so does its
+// expiry; and while that is near, each wait of a thread costs more. To set it with
+// every look would take a tenth of the CPU behind HAProxy. It is short to be inlined.
 func (w *workers) watchIfDue(now time.Duration) {
 	if now >= time.Duration(w.due.Load()) {
 		w.watch(true)
@@ -79,8 +78,8 @@ const (
 	lateTick   = tick + tick/4 // until the timer expires, if no reader reads
 	seldomTick = 4 * tick      // the same while readers see no handler run, and no timeout is set
 	farTick    = 50 * tick     // the same while many readers read besides: if one stalls, the next of them looks
-	busyQueues = 3             // so many queues are many: with a call at the last look or since,
-	busyCalls  = 128           // and so many of them inline since then
+	busyQueues = 3             // so many queues are many,
+	busyCalls  = 128           // and so many calls inline since the last look
 	slowWarn   = time.Second   // a handler that takes longer is warned of
 )
 
@@ -95,13 +94,15 @@ const (
 // a wait is needed. That takes a tenth to a fifth off the CPU of a NOTIFY (8 × 20
 // in flight), but adds as much where no other goroutine has anything to do.
 func (w *workers) watch(byReader bool) {
-	if !w.inWatch.CompareAndSwap(false, true) {
-		return
-	}
-	defer w.inWatch.Store(false)
 	now := w.clock()
 	w.watchMu.Lock()
+	if w.inWatch {
+		w.watchMu.Unlock()
+		return
+	}
+	w.inWatch = true
 	w.looked, w.watched = w.watched, w.looked[:0]
+	w.due.Store(int64(now + tick))
 	w.watchMu.Unlock()
 	kept := w.looked[:0]
 	calls, callers, anyActive := uint64(0), 0, false
@@ -124,6 +125,7 @@ func (w *workers) watch(byReader bool) {
 		w.busy.Store(busy)
 	}
 	w.watchMu.Lock()
+	w.inWatch = false // with the lock that the next look is set with, or the timer could expire in vain
 	w.watched = append(w.watched, kept...)
 	clear(w.looked)
 	if len(w.watched) == 0 {

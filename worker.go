@@ -342,13 +342,13 @@ type workers struct {
 
 	watchMu  sync.Mutex
 	watched  []*queue      // that have, or had a moment ago, handlers running
+	inWatch  bool          // watch is running; others do not wait for it
 	watching bool          // due and latest are set
 	latest   time.Duration // when the timer is to run watch, if no reader has
 	timer    *time.Timer
 	armed    bool          // the timer is set
 	expires  time.Duration // when it expires if armed: at latest, or earlier
 
-	inWatch   atomic.Bool   // watch is running; others do not wait for it
 	looked    []*queue      // watch's own
 	manyUntil time.Duration // until when many readers are taken to read; watch's own
 

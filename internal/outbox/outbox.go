@@ -109,7 +109,7 @@ func (b *Box) Send(frames []byte, answers int, now time.Duration) (next []byte, 
 	closed := b.closed
 	b.mu.Unlock()
 	if closed {
-		b.forward()
+		b.forward(true)
 	}
 	return next, waited
 }
@@ -139,7 +139,7 @@ func (b *Box) Flush() {
 	closed := b.closed
 	b.mu.Unlock()
 	if closed {
-		b.forward()
+		b.forward(true)
 	}
 }
 
@@ -180,8 +180,9 @@ func (b *Box) shut(frames []byte) {
 }
 
 // forward gives the unsent answers of a closed box to its siblings, of which it
-// is none any more.
-func (b *Box) forward() {
+// is none any more. It blocks while the peer of one of these does not read, unless
+// wait is false.
+func (b *Box) forward(wait bool) {
 	b.mu.Lock()
 	unsent, s := b.unsent, b.siblings
 	b.unsent = nil
@@ -190,8 +191,12 @@ func (b *Box) forward() {
 		return
 	}
 	s.leave(b)
-	if len(unsent) > 0 {
+	switch {
+	case len(unsent) == 0:
+	case wait:
 		s.send(unsent)
+	default:
+		go s.send(unsent)
 	}
 }
 
@@ -233,7 +238,8 @@ func (b *Box) Part(seen uint64, notifies *atomic.Uint64) bool {
 // Close closes the box after the frames, with the answers of that many NOTIFYs
 // among them. With wait it first waits for the workers, and for all to be
 // written; bye, if it is not nil, leaves in one Write with the last answers. It
-// reports whether all was written.
+// reports whether all was written. What was not is left to the siblings, for whose
+// writes it does not wait.
 func (b *Box) Close(frames []byte, answers int, bye []byte, wait bool) bool {
 	b.mu.Lock()
 	b.add(frames, answers)
@@ -254,10 +260,15 @@ func (b *Box) Close(frames []byte, answers int, bye []byte, wait bool) bool {
 	b.shut(b.frames)
 	b.mu.Unlock()
 	if last != nil {
-		_, err := b.w.WriteFrames(last, 0)
-		whole = err == nil
+		n, err := b.w.WriteFrames(last, 0)
+		if whole = err == nil; !whole {
+			b.mu.Lock()
+			b.err = err
+			b.shut(unsentFrames(last, n))
+			b.mu.Unlock()
+		}
 	}
-	b.forward()
+	b.forward(false)
 	return whole
 }
 
@@ -270,17 +281,18 @@ func (b *Box) finished(bye bool) bool {
 	return len(b.frames) == 0 || bye && !b.closed // those leave with bye
 }
 
-// Abort closes the box and drops what is not written.
+// Abort closes the box and drops what is not written. It does not block.
 func (b *Box) Abort() {
 	b.mu.Lock()
 	b.frames = nil
 	b.shut(nil)
 	b.mu.Unlock()
-	b.forward()
+	b.forward(false)
 }
 
-// full reports whether no more NOTIFYs may be in flight. The caller must hold
-// mu.
+// full reports whether no more NOTIFYs may be in flight. A fall of the total wakes
+// nobody: who waits for it goes on when a NOTIFY of this box is answered. The
+// caller must hold mu.
 func (b *Box) full() bool {
 	return !b.closed && (b.pending >= b.window || len(b.frames) > MaxUnsent && !b.closing ||
 		b.pending > 0 && (b.bytes >= MaxInFlight || b.total.bytes.Load() >= MaxAllInFlight))

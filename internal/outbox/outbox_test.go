@@ -162,6 +162,27 @@ func TestHoldRoom(t *testing.T) {
 	})
 }
 
+// An answer makes room though another goroutine is in a Write.
+func TestRoomWhileWriting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, w := newBox(1)
+		w.gate = make(chan struct{})
+		go b.Send(frame("a"), 1, 0)
+		synctest.Wait()
+		b.Begin(1)
+		room := make(chan bool, 1)
+		go func() { room <- b.WaitForRoom() }()
+		synctest.Wait()
+		answer(b, "b")
+		b.Flush()
+		synctest.Wait()
+		if len(room) == 0 {
+			t.Error("want room")
+		}
+		close(w.gate)
+	})
+}
+
 // A goroutine that is writing stops at a hold.
 func TestHoldWriter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -1,7 +1,6 @@
 package outbox
 
 import (
-	"math"
 	"slices"
 	"sync"
 )
@@ -14,8 +13,13 @@ type Siblings struct {
 
 	mu    sync.Mutex
 	boxes []*Box // not closed when last seen
-	next  int    // index of the box to be tried first
+	next  int    // index of the box that was tried first last time
 }
+
+const (
+	maxTried = 8       // boxes that are asked to send what one did not take
+	maxTaken = 1 << 20 // bytes that are not written yet, beyond which a box takes no more
+)
 
 // NewSiblings returns siblings that carry the frames that carried reports true
 // of. Dropped is called when no box is left for some.
@@ -104,7 +108,7 @@ func (s *Siblings) send(frames []byte) {
 		// Mostly one takes all. A closed one leaves, so that each is found once.
 		var open bool
 		if frames, open = s.sendBy(one, frames); open && len(frames) > 0 {
-			frames, _ = s.sendBy(s.some(math.MaxInt), frames)
+			frames, _ = s.sendBy(s.some(maxTried), frames)
 			break
 		}
 	}
@@ -146,8 +150,8 @@ func (s *Siblings) filter(b []byte) []byte {
 	return kept
 }
 
-// take adds those of the frames that are not too large, and returns the others.
-// It takes none if b is closed.
+// take adds those of the frames that are not too large, and returns the others:
+// all if b is closed, or if its peer has not read for long.
 func (b *Box) take(frames []byte) (rest []byte, open bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -156,7 +160,7 @@ func (b *Box) take(frames []byte) (rest []byte, open bool) {
 	}
 	for len(frames) > 0 {
 		size := FrameLen(frames)
-		if size <= b.maxFrame {
+		if size <= b.maxFrame && len(b.frames) < maxTaken {
 			b.frames = append(b.frames, frames[:size]...)
 		} else {
 			rest = append(rest, frames[:size]...)

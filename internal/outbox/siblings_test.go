@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -53,53 +54,108 @@ func TestSiblings(t *testing.T) {
 }
 
 func TestSiblingsClose(t *testing.T) {
-	f := newFamily()
-	gone, own := f.box(100)
-	_, w := f.box(100)
-	gone.Begin(1)
-	gone.Hold()
-	gone.Send(frame("a1"), 1, 0)
-	gone.Close(frame("a2"), 1, nil, false)
-	own.want(t)
-	w.want(t, "a1 a2")
-	answer(gone, "a3")
-	gone.Flush()
-	w.want(t, "a1 a2", "a3")
+	synctest.Test(t, func(t *testing.T) {
+		f := newFamily()
+		gone, own := f.box(100)
+		_, w := f.box(100)
+		gone.Begin(1)
+		gone.Hold()
+		gone.Send(frame("a1"), 1, 0)
+		gone.Close(frame("a2"), 1, nil, false)
+		synctest.Wait()
+		own.want(t)
+		w.want(t, "a1 a2")
+		answer(gone, "a3")
+		gone.Flush()
+		w.want(t, "a1 a2", "a3")
+	})
+}
+
+// Answers that were to leave with the goodbye leave by a sibling if that Write
+// fails, and the box says why.
+func TestSiblingsGoodbyeFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFamily()
+		gone, broken := f.box(100)
+		_, w := f.box(100)
+		broken.err, broken.n = errBroken, 1
+		if gone.Close(frames("a1", "a2"), 2, frame("bye"), true) {
+			t.Error("want not everything written")
+		}
+		synctest.Wait()
+		w.want(t, "a2") // a byte of a1 was written
+		if err := gone.Err(); err != errBroken {
+			t.Errorf("want %v, have %v", errBroken, err)
+		}
+	})
+}
+
+// A sibling whose peer does not read delays no end, and keeps no more than
+// maxTaken and one answer.
+func TestSiblingsMute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFamily()
+		mute, w := f.box(1000)
+		w.gate = make(chan struct{})
+		long := "a" + strings.Repeat("x", 900)
+		const n = 2 * maxTaken / 900
+		for range n {
+			gone, _ := f.box(1000)
+			gone.Close(frame(long), 1, nil, false)
+			synctest.Wait()
+		}
+		mute.mu.Lock()
+		have := len(mute.frames)
+		mute.mu.Unlock()
+		if have < maxTaken || have > maxTaken+1000 {
+			t.Errorf("want about %d bytes kept, have %d", maxTaken, have)
+		}
+		if f.dropped < n/3 {
+			t.Errorf("want a third of %d answers dropped at least, have %d", n, f.dropped)
+		}
+		close(w.gate)
+	})
 }
 
 // What is too large for one sibling leaves by another.
 func TestSiblingsSizes(t *testing.T) {
-	f := newFamily()
-	gone, _ := f.box(100)
-	for range 3 {
-		f.box(10)
-	}
-	_, large := f.box(100)
-	long := "a" + strings.Repeat("x", 20)
-	gone.Close(frame(long), 1, nil, false)
-	large.want(t, long)
-	gone.Begin(1)
-	answer(gone, "a"+strings.Repeat("x", 200))
-	gone.Flush()
-	if f.dropped != 1 {
-		t.Errorf("want 1 dropped, have %d", f.dropped)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f := newFamily()
+		gone, _ := f.box(100)
+		for range 3 {
+			f.box(10)
+		}
+		_, large := f.box(100)
+		long := "a" + strings.Repeat("x", 20)
+		gone.Close(frame(long), 1, nil, false)
+		synctest.Wait()
+		large.want(t, long)
+		gone.Begin(1)
+		answer(gone, "a"+strings.Repeat("x", 200))
+		gone.Flush()
+		if f.dropped != 1 {
+			t.Errorf("want 1 dropped, have %d", f.dropped)
+		}
+	})
 }
 
 func TestNoSiblings(t *testing.T) {
-	f := newFamily()
-	gone, _ := f.box(100)
-	if n := gone.Siblings(); n != 0 {
-		t.Errorf("want no siblings, have %d", n)
-	}
-	gone.Close(frames("a1", "a2", "bye"), 2, nil, false)
-	if f.dropped != 2 {
-		t.Errorf("want 2 dropped, have %d", f.dropped)
-	}
-	only, _ := newBox(1)
-	if n := only.Siblings(); n != 0 {
-		t.Errorf("want no siblings of a box that has joined none, have %d", n)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f := newFamily()
+		gone, _ := f.box(100)
+		if n := gone.Siblings(); n != 0 {
+			t.Errorf("want no siblings, have %d", n)
+		}
+		gone.Close(frames("a1", "a2", "bye"), 2, nil, false)
+		synctest.Wait()
+		if f.dropped != 2 {
+			t.Errorf("want 2 dropped, have %d", f.dropped)
+		}
+		only, _ := newBox(1)
+		if n := only.Siblings(); n != 0 {
+			t.Errorf("want no siblings of a box that has joined none, have %d", n)
+		}
+	})
 }
 
 // A box that was closed before it joined is none of the siblings.
@@ -157,25 +213,28 @@ func TestSiblingsMany(t *testing.T) {
 	}
 }
 
-// Of many living siblings no list is made for each answer.
+// Of many living siblings no list is made for each answer, whether one of them can
+// take it or none.
 func TestSiblingsNoList(t *testing.T) {
-	const n = 2000
-	f := newFamily()
-	gone, _ := f.box(100)
-	for range n {
-		f.box(100)
-	}
-	gone.shutForTest()
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	for range n {
-		gone.Begin(1)
-		answer(gone, "a")
-		gone.Flush()
-	}
-	runtime.ReadMemStats(&after)
-	if have := (after.TotalAlloc - before.TotalAlloc) / n; have > 1000 { // a list takes 16,000
-		t.Errorf("want less than 1000 bytes for each answer, have %d", have)
+	for _, text := range []string{"a", "a" + strings.Repeat("x", 100)} {
+		const n = 2000
+		f := newFamily()
+		gone, _ := f.box(100)
+		for range n {
+			f.box(100)
+		}
+		gone.shutForTest()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for range n {
+			gone.Begin(1)
+			answer(gone, text)
+			gone.Flush()
+		}
+		runtime.ReadMemStats(&after)
+		if have := (after.TotalAlloc - before.TotalAlloc) / n; have > 2000 { // a list takes 16,000
+			t.Errorf("%d bytes: want less than 2000 bytes for each answer, have %d", len(text), have)
+		}
 	}
 }
 

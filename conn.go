@@ -60,7 +60,7 @@ type conn struct {
 	fragments   assembler
 	armed       time.Duration // when the read deadline is; 0: none
 	frameStart  time.Duration // when the frame that is being read began; 0: none is
-	notifyStart time.Duration // when the fragmented NOTIFY began; 0: none is open
+	notifyStart time.Duration // when the fragmented NOTIFY began, or later by the time that was not spent reading; 0: none is open
 	used        bool          // something was received since the buffers were shrunk
 }
 
@@ -695,6 +695,9 @@ func (rd *reader) read() error {
 	c.lastUsed.Store(int64(now))
 	if rd.w > 0 && c.frameStart == 0 {
 		c.frameStart = now
+	}
+	if c.notifyStart > 0 {
+		c.notifyStart += now - rd.arrived
 	}
 	if partial := rd.w > 0 || c.fragments.open; partial != c.partial.Load() {
 		c.partial.Store(partial)

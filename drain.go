@@ -177,20 +177,38 @@ func (h *drainHost) step(now time.Duration) (next time.Duration) {
 	next = h.Step(now, h.views)
 	last := h.Until > 0 && now >= h.Until
 	for i, c := range h.conns {
-		switch v := h.views[i]; v.Verdict {
-		case drain.Hold:
-			c.box.Hold()
-		case drain.Release:
-			if c.box.Release() {
-				go c.box.Flush() // it blocks if the peer does not read
-			}
-		case drain.Part:
-			if !c.part(v.Look, last) {
-				next = now // it has received a NOTIFY since the look
-			}
+		if !c.carryOut(h.views[i], last) {
+			next = now
 		}
 	}
 	return next
+}
+
+// carryOut carries out a verdict, Part by force if it is the last look. It reports
+// false if c was to be parted but has received a NOTIFY since the look.
+func (c *conn) carryOut(v *drain.Conn, last bool) bool {
+	switch v.Verdict {
+	case drain.Hold:
+		c.box.Hold()
+	case drain.Release:
+		c.release()
+	case drain.Part:
+		if c.part(v.Look, last) {
+			break
+		}
+		if !v.Held() { // the hold ended with this look
+			c.release()
+		}
+		return false
+	}
+	return true
+}
+
+// release sends what is held back.
+func (c *conn) release() {
+	if c.box.Release() {
+		go c.box.Flush() // it blocks if the peer does not read
+	}
 }
 
 // dropLeaving removes the connections that end.

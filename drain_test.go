@@ -426,28 +426,54 @@ func TestDrainStuckNeighbour(t *testing.T) {
 // A connection is not closed within a frame, or a fragmented NOTIFY: that is read
 // to its end, and answered.
 func TestDrainPartial(t *testing.T) {
-	for name, wire := range map[string]string{
-		"frame":    notifyFrame(1, 1),
-		"fragment": strings.Join(fragments(1, 1, number, 3), ""),
+	for name, wire := range map[string][]string{
+		"frame":    {notifyFrame(1, 1)[:12], notifyFrame(1, 1)[12:]},
+		"fragment": fragments(1, 1, number, 3),
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a, ln := startMem(t, withNumbered(), WithFragmentation(1000))
-				h := ln.greet(t)
+				h, other := ln.greet(t), ln.greet(t)
 				h.wantAnswers()
-				cut := len(wire) / 2
-				if name == "fragment" {
-					cut = len(fragments(1, 1, number, 3)[0])
-				}
-				h.send(wire[:cut])
+				other.wantAnswers()
+				// One that asks all the time, so that the rounds find something waiting.
+				go func() {
+					for id := uint64(1); ; id++ {
+						other.try(notifyFrame(1, id))
+						if f, ok := <-other.frames; !ok || f.kind != frameAck {
+							return
+						}
+						time.Sleep(tick)
+					}
+				}()
+				h.send(wire[0])
 				takeOver(t, a, ln)
-				time.Sleep(drain.QuietTime / 2)
-				h.send(wire[cut:])
+				time.Sleep(drain.QuietTime * 8 / 10)
+				h.send(wire[1])
 				h.wantAck(1, 1)
 				h.wantEnd(StatusNormal)
 			})
 		})
 	}
+}
+
+// What is held back leaves when the hold is over, though the connection that was
+// then to be parted has received another NOTIFY.
+func TestDrainPartRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, withNumbered())
+		h := ln.greet(t)
+		h.wantAnswers()
+		c := only(t, a)
+		c.box.Hold()
+		v := drain.Conn{Look: c.look(drain.Look{}), Verdict: drain.Part}
+		h.send(notifyFrame(7, 7))
+		synctest.Wait()
+		if c.carryOut(&v, false) {
+			t.Error("want the connection not parted")
+		}
+		h.wantAck(7, 7)
+	})
 }
 
 // A NOTIFY that a peer never completes does not keep an agent from ending.
@@ -517,6 +543,39 @@ func TestDrainManyHosts(t *testing.T) {
 		}
 		wantTook(t, "Shutdown", start, 6*time.Second, 7*time.Second+held)
 		h.wantEnd(StatusNormal)
+	})
+}
+
+// A HAProxy whose health checks were forgotten, since too many hosts send some, is
+// waited for as the others are.
+func TestDrainForgottenHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ln := startMem(t, withNumbered())
+		var hs []*haproxy
+		for i, host := range []string{"10.0.0.1", "10.0.0.2"} {
+			h := ln.dialFrom(t, host)
+			h.hello()
+			h.wantAnswers()
+			healthCheck(t, ln.dialFrom(t, host))
+			time.Sleep(time.Second)
+			healthCheck(t, ln.dialFrom(t, host))
+			hs = append(hs, h)
+			time.Sleep(tick)
+			a.mu.Lock()
+			for j := 0; i == 0 && !a.checks.Forgot(); j++ {
+				a.checks.Seen(fmt.Sprint("other ", j), a.workers.clock())
+			}
+			a.mu.Unlock()
+		}
+		start := time.Now()
+		shut := make(chan error, 1)
+		go func() { shut <- a.Shutdown(context.Background()) }()
+		hs[0].wantEnd(StatusNormal)
+		wantTook(t, "the end of the forgotten one", start, 6*time.Second, 7*time.Second+held)
+		hs[1].wantEnd(StatusNormal)
+		if err := receive(t, "the end of the drain", shut); err != nil {
+			t.Error(err)
+		}
 	})
 }
 
@@ -732,6 +791,7 @@ func TestLingerInDrain(t *testing.T) {
 		"served":   func(*Agent) {},
 		"draining": func(a *Agent) { a.advance(draining) },
 		"stopping": func(a *Agent) { a.advance(draining); a.advance(stopping) },
+		"parted":   func(a *Agent) { only(t, a).leave() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

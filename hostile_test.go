@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -246,6 +247,17 @@ func TestTimeouts(t *testing.T) {
 				h.wantAnswers()
 			}
 		}, timeout},
+		{"an empty fragment a second", func(o *options) {
+			WithHelloTimeout(timeout)(o)
+			WithFragmentation(1000)(o)
+		}, func(h *haproxy) {
+			h.hello()
+			h.send(fragments(1, 1, number, 3)[0])
+			for range 2 {
+				<-time.After(time.Second)
+				h.send(rawFrame(frameUnset, 0, 1, 1, ""))
+			}
+		}, timeout},
 		{"idle", WithIdleTimeout(timeout), func(h *haproxy) { h.hello() }, timeout},
 		{"half a NOTIFY, idle for less than a frame may take", WithIdleTimeout(timeout), func(h *haproxy) {
 			h.hello()
@@ -321,6 +333,36 @@ func TestTimeoutsWhileNotReading(t *testing.T) {
 		<-time.After(1900 * time.Millisecond)
 		h.wantAnswers()
 	})
+}
+
+// The time in which the agent does not read does not count against a fragmented
+// NOTIFY either.
+func TestFragmentsWhileNotReading(t *testing.T) {
+	for _, more := range []int{0, 1} { // fragments that come before it stops
+		t.Run(fmt.Sprint(more), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGate()
+				_, ln := startMem(t, withNumbered(), WithHandler("wait", g), WithPipelining(2), WithHelloTimeout(time.Second), WithFragmentation(1000))
+				<-time.After(time.Millisecond) // a time of 0 means none
+				h := ln.greet(t)
+				wait := func(id uint64) string { return notifyOf(id, id, NewMessage("wait")) }
+				wire := fragments(9, 9, number, 3)
+				h.send(wire[0])
+				for range more {
+					<-time.After(500 * time.Millisecond)
+					h.send(rawFrame(frameUnset, 0, 9, 9, ""))
+				}
+				h.send(wait(1), wait(2), wait(3))
+				g.wait(t, 2)
+				sent := make(chan struct{})
+				go func() { h.try(wire[1]); close(sent) }()
+				<-time.After(longWait / 2)
+				close(g.open)
+				h.wantAcks(1, 2, 3, 9)
+				<-sent
+			})
+		})
+	}
 }
 
 // reset ends the connection with an RST.

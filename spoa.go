@@ -231,7 +231,7 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 		a.refuse(c)
 	case !ok:
 		c.cancel()
-		nc.Close()
+		go nc.Close() // a net.Conn of the program's own may block, and others are to be accepted
 	default:
 		if a.hooks.ConnOpened != nil {
 			a.hooks.ConnOpened(*c.peer.Load())
@@ -248,7 +248,7 @@ func (a *Agent) refuse(c *conn) {
 		level.Warn(a.logger).Log("msg", "connection refused: too many", "max", a.maxConns, "suppressed", n)
 	}
 	if !a.refusing.CompareAndSwap(false, true) {
-		c.nc.Close()
+		go c.nc.Close()
 		return
 	}
 	go func() {
@@ -306,9 +306,12 @@ func isAck(frame []byte) bool { return frame[lengthSize] == frameAck }
 // From now on health checks are refused, so that `option spop-check` makes
 // HAProxy use its other servers, while NOTIFYs are answered as before, also on
 // new connections. The connections of a HAProxy that sends health checks stay
-// open until it has missed three of them, whose interval is taken to be up to
-// four times that between the checks that have come: several backends may check
-// from one address. Then the connections are closed together, each with an
+// open until it has missed three of them, whose interval is taken to be four
+// times the longest time between the last checks, or as many times that as
+// engine-ids have sent NOTIFYs, since several backends may check from one address;
+// but no more than 2 s, HAProxy's default, unless that time itself is longer. (So
+// several backends that check from one address less often than every 2 s may be
+// waited for too briefly.) Then the connections are closed together, each with an
 // AGENT-DISCONNECT. Other connections are closed when nothing was in
 // flight on them for a second. When no connection is left the listeners are
 // closed. With no connection, and no health checks of a HAProxy that has sent

@@ -9,7 +9,7 @@ import (
 const (
 	maxHosts      = 4096            // that are remembered
 	maxEngines    = 64              // of a host that are counted
-	keptGaps      = 8               // between health checks
+	keptGaps      = 16              // between health checks
 	sharers       = 4               // backends, or processes, that may check from one address
 	missedFall    = 3               // refused health checks that take a server out: HAProxy's default
 	checkInterval = 2 * time.Second // between health checks: HAProxy's default
@@ -110,7 +110,7 @@ func (k *checker) interval() time.Duration {
 }
 
 // Missed returns when the host must have missed missedFall health checks, 0 if
-// it sends none or sends no NOTIFYs.
+// it sends none, or none any more, or sends no NOTIFYs.
 func (cs *Checks) Missed(host string, now time.Duration) time.Duration {
 	k := cs.hosts[host]
 	if k == nil || !k.notifies || k.checks == 0 {

@@ -71,6 +71,19 @@ func TestMissedPairs(t *testing.T) {
 	}
 }
 
+// So do ten backends whose checks come one after another.
+func TestMissedTen(t *testing.T) {
+	var cs Checks
+	cs.Notified("h", "engine", 0)
+	last := time.Duration(0)
+	for i := range time.Duration(5) {
+		last = every(&cs, "h", i*2*time.Second, 10*ms, 10)
+	}
+	if least, have := last+missedFall*1900*ms, cs.Missed("h", last); have < least {
+		t.Errorf("want no sooner than %v, have %v", least, have)
+	}
+}
+
 // The last gaps count, not all that ever were.
 func TestMissedForgetsGaps(t *testing.T) {
 	var cs Checks

@@ -142,6 +142,10 @@ type Conn struct {
 	anew    bool          // others were parted: it must be quiet since then, even if it is idle
 }
 
+// Held reports whether the connection's answers are to be held back after the last
+// Step.
+func (c *Conn) Held() bool { return c.held }
+
 func (c *Conn) idle(now time.Duration) bool {
 	return c.Notifies == c.Answered && now-c.LastUsed >= QuietTime
 }

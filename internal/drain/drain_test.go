@@ -724,6 +724,16 @@ func TestLast(t *testing.T) {
 	}
 }
 
+// Then those with and those without answers are parted in one round.
+func TestLastBoth(t *testing.T) {
+	b := newBench(t, Host{Rounds: true, Until: time.Second}, busy, used, used)
+	asks, silent := b.conns[1], b.conns[2]
+	b.run(holdFor, b.eachHold(asks, 1))
+	if !slices.Contains(b.ended, asks) || !slices.Contains(b.ended, silent) {
+		t.Errorf("want both that are ready parted, have %d", len(b.ended))
+	}
+}
+
 // A connection without a HELLO does not hold up the others.
 func TestMute(t *testing.T) {
 	b := newBench(t, Host{Rounds: true}, used, mute)

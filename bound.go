@@ -17,6 +17,7 @@ type bound struct {
 	waiting jobList
 }
 
+// newBounds returns a bound for each message of limits.
 func newBounds(limits map[string]int) map[string]*bound {
 	if len(limits) == 0 {
 		return nil
@@ -40,7 +41,7 @@ func (w *workers) boundsOf(n *notify, list []*bound) []*bound {
 }
 
 // enter takes a slot of each of j's bounds. If it reports false, j waits for one
-// and leave starts it.
+// and releaseSlots starts it.
 func (w *workers) enter(j *job) bool {
 	if len(j.bounds) == 0 {
 		return true
@@ -65,9 +66,9 @@ func (j *job) takeSlots() bool {
 	return true
 }
 
-// leave passes j's slots to the jobs that wait for them, and starts those that
-// lack no other.
-func (w *workers) leave(j *job) {
+// releaseSlots passes j's slots to the jobs that wait for them, and starts those
+// that lack no other.
+func (w *workers) releaseSlots(j *job) {
 	if j.slots == 0 {
 		return
 	}
@@ -106,6 +107,6 @@ func (w *workers) shedBounded(now time.Duration) {
 	}
 	w.boundMu.Unlock()
 	for _, j := range shed {
-		go j.queue.overloaded([]*job{j}) // a peer that does not read blocks it
+		go j.queue.answerShed([]*job{j}) // a peer that does not read blocks it
 	}
 }

@@ -35,8 +35,9 @@ var errBusy = errors.New("spoa: too many NOTIFYs in flight")
 // lenient. Its methods may be called by several goroutines at once.
 //
 // A connection ends with Close, when the agent sends an AGENT-DISCONNECT or closes
-// it, or at the agent's first fault, which it is sent in a HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the
-// same error, which is or wraps a *DisconnectError: with Remote and the agent's
+// it, or at the agent's first fault, of which the Client tells it by a
+// HAPROXY-DISCONNECT. Every Notify, waiting or to come, then fails with the same
+// error, which is or wraps a *DisconnectError: with Remote and the agent's
 // status if the agent said why; with StatusIO, around the error of the
 // net.Conn, if the connection broke; with StatusNormal after Close; otherwise
 // with the status of the agent's fault.
@@ -319,8 +320,8 @@ func (c *Client) abandon(stream uint64) bool {
 
 func ignore([]Action, error) {}
 
-// Close sends a HAPROXY-DISCONNECT (SPOE.txt 3.2.8), waits for the agent's answer for up to two
-// seconds, and closes the connection. It returns nil if the agent answers with
+// Close sends a HAPROXY-DISCONNECT (SPOE.txt 3.2.8), waits for the agent's answer
+// for up to two seconds, and closes the connection. It returns nil if the agent answers with
 // AGENT-DISCONNECT and StatusNormal, or if the connection had ended before, and
 // what the agent did instead otherwise. Notifys that wait fail at once.
 func (c *Client) Close() error {

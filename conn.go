@@ -46,7 +46,7 @@ type conn struct {
 	// For any goroutine to read.
 	peer     atomic.Pointer[Peer] // set anew at the HELLO
 	notifies atomic.Uint64        // received
-	lastUsed atomic.Int64         // when the reader last went back to reading: a time.Duration
+	lastUsed atomic.Int64         // when the reader last went back to reading, having dealt with what it had read: a time.Duration
 	partial  atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
 	leaving  atomic.Bool          // the reader is to end the connection, or is about to
 
@@ -93,8 +93,9 @@ func (c *conn) inFlight() int {
 	return int(c.notifies.Load() - answered)
 }
 
-// look shows the connection to the drain, which last saw it as seen.
-func (c *conn) look(seen drain.Look) drain.Look {
+// drainLook returns what the connection looks like to the drain; seen is what it
+// returned last.
+func (c *conn) drainLook(seen drain.Look) drain.Look {
 	answered := seen.Answered
 	if answered != seen.Notifies || c.notifies.Load() != seen.Notifies { // else nothing was answered since
 		answered = c.box.Answered() // before notifies, so that it is not more

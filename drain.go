@@ -9,7 +9,7 @@ import (
 const (
 	stopFor   = 100 * time.Millisecond // from the phase stopping on, until every connection is parted
 	closeFor  = time.Second            // for connections to end after Close, before Serve returns
-	maxApart  = 1000                   // connections of the agent at most for each engine to be drained by itself, since package drain bounds what one host costs
+	maxApart  = 1000                   // connections, up to which each engine is drained by itself: package drain bounds what one host costs, not what many do
 	manyConns = 100                    // of a drain whose looks are kept apart
 	spacing   = 4 * time.Microsecond   // for each connection, beyond manyConns, between looks because one has ended
 )
@@ -22,7 +22,7 @@ type drainer struct {
 	from  time.Duration // the listeners stay open until then: HAProxy may still send new connections
 	until time.Duration // everything is closed then; 0: no such time
 	seq   uint64        // of the agent's connections when they were last gathered
-	early time.Duration // a change of the connections is no reason to look before
+	early time.Duration // until then a change of the connections is no reason to look
 	apart bool          // the connections of each engine are drained by themselves
 	conns int
 	hosts map[hostKey]*drainHost
@@ -172,7 +172,7 @@ func (d *drainer) gather(now time.Duration) (listening bool) {
 func (h *drainHost) step(now time.Duration) (next time.Duration) {
 	h.dropLeaving()
 	for i, c := range h.conns {
-		h.views[i].Look = c.look(h.views[i].Look)
+		h.views[i].Look = c.drainLook(h.views[i].Look)
 	}
 	next = h.Step(now, h.views)
 	last := h.Until > 0 && now >= h.Until

@@ -466,7 +466,7 @@ func TestDrainPartRefused(t *testing.T) {
 		h.wantAnswers()
 		c := only(t, a)
 		c.box.Hold()
-		v := drain.Conn{Look: c.look(drain.Look{}), Verdict: drain.Part}
+		v := drain.Conn{Look: c.drainLook(drain.Look{}), Verdict: drain.Part}
 		h.send(notifyFrame(7, 7))
 		synctest.Wait()
 		if c.carryOut(&v, false) {

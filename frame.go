@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// Frame types (SPOE.txt 3.2).
+// Frame types (SPOE.txt 3.2.2).
 const (
 	frameUnset             = 0
 	frameHAProxyHello      = 1
@@ -36,13 +36,12 @@ const (
 	helloFrameSize   = 16384 // limit until a size has been negotiated
 	defaultFrameSize = 64<<10 - 1
 	maxFrameSize     = 1 << 28 // HAProxy's own limit of buffers
-	maxHeaderLen     = 1 + 4 + 2*maxVarintLen
 	maxVarintLen     = 10
 )
 
 const version = "2.0"
 
-// Status is a SPOP status code: why a connection was closed (SPOE.txt 3.2.9).
+// Status is a SPOP status code: why a connection was closed (SPOE.txt 3.5).
 type Status uint32
 
 // The status codes that SPOP knows, and when an Agent sends each.
@@ -55,7 +54,7 @@ const (
 	StatusNoVersion       Status = 5  // the HELLO has no supported-versions
 	StatusNoFrameSize     Status = 6  // the HELLO has no max-frame-size
 	StatusNoCapabilities  Status = 7  // the HELLO has no capabilities
-	StatusBadVersion      Status = 8  // the HELLO does not list version 2.0
+	StatusBadVersion      Status = 8  // the HELLO lists no version 2.x
 	StatusBadFrameSize    Status = 9  // the HELLO has a max-frame-size below 256
 	StatusNoFragmentation Status = 10 // a frame is fragmented, without WithFragmentation
 	StatusInterlaced      Status = 11 // a fragment is of another NOTIFY than the one before
@@ -101,7 +100,7 @@ func (s Status) String() string {
 	return "status " + strconv.FormatUint(uint64(s), 10)
 }
 
-// DisconnectError says why a connection ended (SPOE.txt 3.2.8). With Remote the
+// DisconnectError says why a connection ended (SPOE.txt 3.2.8, 3.2.9). With Remote the
 // peer said so in a DISCONNECT frame; without, this side found the fault and told
 // the peer.
 type DisconnectError struct {
@@ -447,7 +446,7 @@ func (f *frame) hello() (*hello, error) {
 }
 
 // assembler puts together the NOTIFYs of one connection that come in several
-// frames (SPOE.txt 3.3).
+// frames (SPOE.txt 3.2).
 type assembler struct {
 	max        int  // bytes of a NOTIFY; 0: fragmentation was not announced
 	open       bool // a NOTIFY is being put together
@@ -520,7 +519,8 @@ func speaksVersion2(list string) bool {
 	return false
 }
 
-// appendDisconnect appends the DISCONNECT of either side (SPOE.txt 3.2.8).
+// appendDisconnect appends the DISCONNECT of either side (SPOE.txt 3.2.8,
+// 3.2.9).
 func appendDisconnect(b []byte, kind byte, s Status, message string) []byte {
 	start := len(b)
 	b = beginFrame(b, kind, flagFIN, 0, 0)
@@ -565,6 +565,7 @@ const (
 
 var scopeNames = [...]string{"proc", "sess", "txn", "req", "res"}
 
+// String returns the scope's name as HAProxy's rules have it, such as sess.
 func (s Scope) String() string {
 	if int(s) < len(scopeNames) {
 		return scopeNames[s]
@@ -652,10 +653,13 @@ func (a *Actions) Drop(s Scope, name string) bool {
 	return dropped
 }
 
-// SetVar sets a variable (SPOE.txt 3.4). HAProxy puts its scope and the agent's var-prefix in
-// front of the name, and silently ignores a variable whose full name
-// ("sess.iprep.ip_score") is longer than 63 bytes, or that no rule of its
-// configuration mentions and nothing registers.
+// SetVar sets a variable (SPOE.txt 3.4). Its name has 1 to 255 bytes. V is copied.
+// What is not valid, or does not fit in the ACK, is left out; see Err.
+//
+// HAProxy puts the scope and the agent's var-prefix in front of the name, and
+// silently ignores a variable whose full name ("sess.iprep.ip_score") is longer
+// than 63 bytes, or that no rule of its configuration mentions and nothing
+// registers.
 func (a *Actions) SetVar(s Scope, name string, v Value) {
 	if b, ok := a.beginAction(actionSetVar, 3, s, name, len(v.s)); ok {
 		a.endAction(appendValue(b, v), name)
@@ -788,6 +792,19 @@ var frameNames = map[byte]string{
 	frameAck:               "ACK",
 }
 
+func describeMessage(s *strings.Builder, m *Message) {
+	fmt.Fprintf(s, " %s(", m.name)
+	separator := ""
+	for name, v := range m.Args() {
+		fmt.Fprintf(s, "%s%s=%v", separator, name, v.kind)
+		if v.kind != KindNull {
+			fmt.Fprintf(s, " %q", v)
+		}
+		separator = ", "
+	}
+	s.WriteString(")")
+}
+
 // describe returns a frame, with its length, in readable form.
 func describe(b []byte) string {
 	var f frame
@@ -814,16 +831,7 @@ func describe(b []byte) string {
 			return s.String() + " malformed"
 		}
 		for n.nextMessage() {
-			fmt.Fprintf(&s, " %s(", n.current.name)
-			separator := ""
-			for name, v := range n.current.Args() {
-				fmt.Fprintf(&s, "%s%s=%v", separator, name, v.kind)
-				if v.kind != KindNull {
-					fmt.Fprintf(&s, " %q", v)
-				}
-				separator = ", "
-			}
-			s.WriteString(")")
+			describeMessage(&s, &n.current)
 		}
 	case f.kind == frameAck:
 		a := Actions{buf: f.payload}

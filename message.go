@@ -35,6 +35,7 @@ const (
 
 var kindNames = [...]string{"null", "bool", "int32", "uint32", "int64", "uint64", "ipv4", "ipv6", "string", "binary"}
 
+// String returns the name of the type, such as string or ipv4.
 func (k Kind) String() string {
 	if int(k) < len(kindNames) {
 		return kindNames[k]

@@ -254,7 +254,7 @@ func WithAsync() Option {
 }
 
 // WithFragmentation announces the capability fragmentation and reassembles
-// NOTIFYs that HAProxy (up to 3.0) sends in several frames (SPOE.txt 3.3). Max is
+// NOTIFYs that HAProxy (up to 3.0) sends in several frames (SPOE.txt 3.2). Max is
 // the size of a NOTIFY in bytes: 256 or more. A longer one is refused with an ACK
 // that carries ABORT; one that is not complete within WithHelloTimeout ends its
 // connection. A connection may take up to max bytes of memory beside others.
@@ -312,8 +312,9 @@ func WithHelloTimeout(d time.Duration) Option {
 	}
 }
 
-// WithIdleTimeout closes a connection that has received nothing for that long and
-// has nothing in flight, with StatusTimeout. It is off by default: HAProxy's
+// WithIdleTimeout closes a connection that has received nothing for that long, more
+// than 0, and has nothing in flight, with StatusTimeout. If something is in flight
+// at that time it may take twice as long. It is off by default: HAProxy's
 // connections are idle when its clients are.
 func WithIdleTimeout(d time.Duration) Option {
 	return func(o *options) {
@@ -428,8 +429,8 @@ func (o *options) addFaultVar(option string, v faultVar) {
 	}
 }
 
-// faultErrors are the errors of faults that have always the same, and stand for
-// those of the others.
+// faultErrors has an error for each fault: the one that the fault always has, or
+// else one that stands for all that it may have.
 var faultErrors = [faultCount]error{
 	FaultError:     errors.New("spoa: handler failed"),
 	FaultPanic:     &PanicError{Value: "panic"},
@@ -586,7 +587,8 @@ func WithStats() Option {
 // nil. They are called by many goroutines at once: ConnOpened by the one that
 // accepts connections, the others by the one that serves a connection, or by a
 // worker's. While a hook runs, that goroutine does nothing else, so it must not
-// block. It may call the agent's methods, but for Serve and Shutdown.
+// block. It must not panic either, which ends the program. It may call the agent's
+// methods, but for Serve, ListenAndServe and Shutdown.
 type Hooks struct {
 	// ConnOpened: a connection was accepted. Only its Addr is known yet.
 	ConnOpened func(p Peer)
@@ -612,14 +614,14 @@ type MessageEvent struct {
 	Took    time.Duration // by the handler's call; 0 if there was none
 	Err     error         // as Hooks.Handled has it
 	Fault   Fault         // what WithFaultVar sends for Err; 0 if that is nil
-	Late    bool          // the answer had left when the handler returned
+	Late    bool          // the handler timeout was over when the handler returned, or before its call
 }
 
 // Peer is the other end of a connection.
 type Peer struct {
-	Addr         net.Addr
-	EngineID     string // of its HELLO, empty if it had none; any bytes, up to a frame
-	Capabilities string // those agreed on, a comma list
-	FrameSize    int    // the one agreed on; 0 before the HELLO
-	HealthCheck  bool   // the HELLO was a health check
+	Addr         net.Addr // what net.Conn.RemoteAddr has returned, which may be nil
+	EngineID     string   // of its HELLO, empty if it had none; any bytes, up to a frame
+	Capabilities string   // those agreed on, a comma list
+	FrameSize    int      // the one agreed on, in bytes without the length field; 0 before the HELLO
+	HealthCheck  bool     // the HELLO was a health check
 }

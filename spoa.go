@@ -45,10 +45,9 @@ var ErrAgentClosed = errors.New("spoa: agent closed")
 // Agent answers HAProxy on any number of listeners. It is made by New, and its
 // methods may be called by several goroutines at once.
 //
-// Locks are taken in this order: Agent.mu, workers.watchMu, workers.mu,
-// queue.mu, outbox.Siblings.mu, outbox.Box.mu; workers.boundMu and
-// workers.unknownMu alone. None is held during a call of a net.Conn, a Handler, a
-// hook or the logger.
+// Agent.mu may be held when outbox.Siblings.mu or outbox.Box.mu is taken, and
+// queue.mu when outbox.Box.mu or deadline.mu is; every other lock is taken alone.
+// None is held during a call of a net.Conn, a Handler, a hook or the logger.
 type Agent struct {
 	*options
 	err     error // of the options
@@ -152,7 +151,7 @@ func (a *Agent) Serve(nl net.Listener) error {
 		return ErrAgentClosed
 	}
 	err := a.accept(l)
-	if a.ending(l) {
+	if a.listenerEnded(l) {
 		l.Close()
 		<-a.done
 		return ErrAgentClosed
@@ -175,9 +174,9 @@ func (a *Agent) ListenAndServe(network, address string) error {
 	return a.Serve(l)
 }
 
-// ending forgets a listener that accepts no more, and reports whether the agent
+// listenerEnded forgets a listener that accepts no more, and reports whether the agent
 // is coming to its end.
-func (a *Agent) ending(l *listener) bool {
+func (a *Agent) listenerEnded(l *listener) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.listeners, l)

@@ -11,7 +11,7 @@ import (
 type MessageStats struct {
 	Message string           // its name; empty: all messages that have no handler of their own
 	Count   map[Fault]uint64 // messages done with, by fault; those without one are Count[0]
-	Late    uint64           // handlers that returned after the answer had left
+	Late    uint64           // handlers that returned after the handler timeout
 	Running int              // handlers that have not returned yet, the late ones included
 	Took    time.Duration    // by all calls of handlers that have returned
 }

@@ -19,6 +19,7 @@ func (w *workers) watchQueue(q *queue) {
 	}
 }
 
+// addWatched adds q to the queues that the watch looks at.
 func (w *workers) addWatched(q *queue) {
 	w.watchMu.Lock()
 	if !q.watched.Swap(true) {
@@ -155,7 +156,7 @@ func (q *queue) keepWatching() bool {
 }
 
 // look does the watch's work on one queue. It reports whether handlers run or
-// wait to be run, and how many the reader has called since the last look.
+// wait to be run, and how many turns the reader has begun since the last look.
 func (q *queue) look(now time.Duration) (active bool, calls uint64) {
 	q.mu.Lock()
 	t := q.turn.Load()
@@ -181,7 +182,7 @@ func (q *queue) look(now time.Duration) (active bool, calls uint64) {
 	q.mu.Unlock()
 	if shed != nil || late {
 		// In a goroutine of its own, since a peer that does not read blocks it.
-		go q.overloaded(shed)
+		go q.answerShed(shed)
 	}
 	if slow != nil {
 		go q.workers.warnSlow(slow) // a logger may block

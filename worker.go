@@ -33,8 +33,10 @@ import (
 // before a call of Actions.Keep; the NOTIFY is answered all the same, and
 // WithFaultVar says how. A panic is recovered and logged.
 //
-// The context is cancelled when the connection is lost or the agent is closed,
-// and has a deadline if there is a handler timeout. After the deadline no action
+// The context is cancelled when the connection is lost or the agent is closed: a
+// second after HAProxy has closed its side, five after a DISCONNECT; with WithAsync
+// and another connection of the same engine not before all is answered. It has a
+// deadline if there is a handler timeout. After the deadline no action
 // of the handler is sent, so a handler that keeps state for a later message should
 // look at ctx.Err before. HAProxy does not report that it has given up on a
 // request: what may take long needs a timeout.
@@ -114,7 +116,7 @@ func faultOf(err error) Fault {
 }
 
 // job is a NOTIFY on its way from frame to ACK. It belongs to the goroutine
-// that runs its handlers, or to its queue; what the watch reads and writes too is
+// that runs its handlers, to its queue, or to the bound whose slot it waits for; what the watch reads and writes too is
 // guarded by the queue's lock.
 type job struct {
 	notify
@@ -123,7 +125,7 @@ type job struct {
 	actions Actions
 	fault   Fault
 	faulty  []byte        // the actions that tell of it
-	limit   time.Duration // the handler timeout; 0: none
+	timeout time.Duration // of its handlers; 0: none
 	buf     []byte        // what ids and the views point to, unless it is the reader's buffer
 	arrived time.Duration // since the workers' epoch
 	work    func()        // bound once, so that `go j.work()` allocates nothing
@@ -131,7 +133,7 @@ type job struct {
 	handler Handler
 	size    int      // bytes that it keeps in memory while it is with workers
 	bounds  []*bound // of its messages
-	slots   int      // that it has: of so many bounds, the first
+	slots   int      // that it has: those of bounds[:slots]
 
 	prev, next *job // in a list, guarded by the list's lock
 
@@ -172,14 +174,15 @@ func (j *job) begin(f *frame, ids []byte, arrived time.Duration) {
 	j.actions.buf, j.actions.max = j.actions.buf[:0], j.queue.ackSize-len(ids)
 }
 
-// decode decodes the payload of j's NOTIFY, which says how long it may take.
+// decode checks the payload b of j's NOTIFY, and finds its handler timeout and
+// bounds.
 func (j *job) decode(b []byte) error {
 	err := j.notify.decode(b)
 	if err != nil {
 		return err
 	}
 	w := j.queue.workers
-	j.limit = w.limitOf(&j.notify)
+	j.timeout = w.timeoutOf(&j.notify)
 	if w.bounds != nil {
 		j.bounds = w.boundsOf(&j.notify, j.bounds[:0])
 	}
@@ -244,7 +247,7 @@ func (q *jobList) remove(j *job) {
 // oldest would be late anyway, and taking them in their order would make every one
 // late.
 func (q *jobList) next(now time.Duration) *job {
-	if j := q.head; j == nil || j.limit == 0 || now-j.arrived <= j.limit/2 {
+	if j := q.head; j == nil || j.timeout == 0 || now-j.arrived <= j.timeout/2 {
 		return j
 	}
 	return q.tail
@@ -283,7 +286,7 @@ type queue struct {
 	running jobList // with workers, not with the reader
 
 	// Guarded by workers.mu.
-	tokens int    // jobs waiting, as the ring of queues counts them
+	tokens int    // jobs that were to wait, less those that were begun; some of them may have been shed
 	after  *queue // in that ring
 
 	// The watch's.
@@ -330,7 +333,7 @@ type workers struct {
 	jobs    sync.Pool    // of *job
 	permits atomic.Int64 // handlers that may still be begun
 	_       [56]byte     // permits changes with every batch, waiting is read with every call
-	waiting atomic.Int64 // jobs that wait for a permit, or a little more
+	waiting atomic.Int64 // jobs that wait for a permit, and some that were shed
 	busy    atomic.Bool  // see watch
 	due     atomic.Int64 // when a reader is to call watch: a time.Duration
 
@@ -372,8 +375,9 @@ func newWorkers(o *options) *workers {
 // anyTimeout reports whether a NOTIFY may have a handler timeout.
 func (w *workers) anyTimeout() bool { return w.handlerTimeout > 0 || w.timeouts != nil }
 
-// limitOf returns the handler timeout of a NOTIFY: the longest of its messages'.
-func (w *workers) limitOf(n *notify) time.Duration {
+// timeoutOf returns the handler timeout of a NOTIFY: the longest of its messages',
+// 0 if one of them has none.
+func (w *workers) timeoutOf(n *notify) time.Duration {
 	if w.timeouts == nil {
 		return w.handlerTimeout
 	}
@@ -509,13 +513,13 @@ func (q *queue) dequeue() *job {
 	}
 	q.mu.Unlock()
 	if shed != nil {
-		go q.overloaded(shed)
+		go q.answerShed(shed)
 	}
 	return j
 }
 
 // shed takes the jobs that have waited for too long. The caller must hold mu, and
-// pass them to overloaded after releasing it.
+// pass them to answerShed after releasing it.
 func (q *queue) shed(now time.Duration) []*job {
 	if !q.workers.anyTimeout() {
 		return nil
@@ -523,15 +527,15 @@ func (q *queue) shed(now time.Duration) []*job {
 	return q.waiting.shed(now)
 }
 
-// overloaded answers the jobs that shed returned.
-func (q *queue) overloaded(shed []*job) {
+// answerShed answers the jobs that shed returned.
+func (q *queue) answerShed(shed []*job) {
 	for _, j := range shed {
 		q.answer(j, nil, q.workers.faultActions[FaultOverload])
-		q.workers.leave(j)
+		q.workers.releaseSlots(j)
 	}
 	q.box.Flush()
 	for _, j := range shed {
-		q.workers.overloaded(j)
+		q.workers.reportOverload(j)
 		j.recycle()
 	}
 }
@@ -552,8 +556,8 @@ func (j *job) beside(actions, faulty []byte) []byte {
 	return actions
 }
 
-// overloaded reports that j's messages were not handled for want of time.
-func (w *workers) overloaded(j *job) {
+// reportOverload reports that j's messages were not handled for want of time.
+func (w *workers) reportOverload(j *job) {
 	for j.nextMessage() {
 		w.handled(j, 0, ErrOverload, FaultOverload, true)
 	}
@@ -572,7 +576,7 @@ func (q *queue) complete(j *job) {
 	if !late {
 		q.answer(j, j.actions.buf, j.faulty)
 	}
-	w.leave(j)
+	w.releaseSlots(j)
 	j.recycle()
 	// Sending may block, so not while others wait for the permit.
 	w.release()
@@ -594,7 +598,7 @@ func (q *queue) exited(rd *reader) {
 
 // handle runs the handlers of j's messages in their order.
 func (w *workers) handle(j *job) {
-	if j.limit > 0 {
+	if j.timeout > 0 {
 		w.handleInTime(j)
 		return
 	}
@@ -603,12 +607,13 @@ func (w *workers) handle(j *job) {
 	}
 }
 
+// handleInTime is handle with a handler timeout.
 func (w *workers) handleInTime(j *job) {
-	ctx := &deadline{Context: j.queue.ctx, at: w.epoch.Add(j.arrived + j.limit)}
+	ctx := &deadline{Context: j.queue.ctx, at: w.epoch.Add(j.arrived + j.timeout)}
 	defer ctx.cancel(context.Canceled)
-	if !j.start(ctx) {
+	if !j.setContext(ctx) {
 		w.fault(j, FaultOverload, ErrOverload)
-		w.overloaded(j)
+		w.reportOverload(j)
 		return
 	}
 	for j.nextMessage() {
@@ -621,9 +626,9 @@ func (w *workers) handleInTime(j *job) {
 	}
 }
 
-// start makes the watch cancel ctx when j is late, unless it is already, which it
-// reports.
-func (j *job) start(ctx *deadline) bool {
+// setContext makes the watch cancel ctx when j is late. It reports false if j is
+// late already.
+func (j *job) setContext(ctx *deadline) bool {
 	j.queue.mu.Lock()
 	defer j.queue.mu.Unlock()
 	if j.answered || j.over(j.queue.workers.clock()) {
@@ -634,7 +639,7 @@ func (j *job) start(ctx *deadline) bool {
 }
 
 // over reports whether the time for j's answer is over.
-func (j *job) over(now time.Duration) bool { return j.limit > 0 && now-j.arrived >= j.limit }
+func (j *job) over(now time.Duration) bool { return j.timeout > 0 && now-j.arrived >= j.timeout }
 
 // late reports whether j's time is over; it may have been answered.
 func (j *job) late() bool {
@@ -702,7 +707,7 @@ func (w *workers) message(ctx context.Context, j *job) {
 
 // returned deals with the end of the handler of j's current message.
 func (w *workers) returned(j *job, began time.Duration, err error) {
-	late := j.limit > 0 && !j.commit()
+	late := j.timeout > 0 && !j.commit()
 	if late {
 		j.actions.buf = j.actions.before
 		if err == nil {
@@ -776,11 +781,12 @@ func (w *workers) failed(j *job, f Fault, err error) {
 
 const maxUnknown = 100 // names of messages to warn of, since a peer can invent any number
 
+// noHandler deals with j's current message, which has no handler.
 func (w *workers) noHandler(j *job) {
 	m := &j.current
 	w.fault(j, FaultNoHandler, ErrNoHandler)
 	w.handled(j, 0, ErrNoHandler, FaultNoHandler, false)
-	if j.limit > 0 {
+	if j.timeout > 0 {
 		j.commit()
 	}
 	w.unknownMu.Lock()

@@ -297,7 +297,7 @@ func (ln *lane) over() bool {
 	return ln.ctx.Err() != nil || ln.count > 0 && ln.left.Load() <= 0
 }
 
-// take takes leave to send one more NOTIFY.
+// take reports whether one more NOTIFY may be sent, and counts it.
 func (ln *lane) take() bool {
 	return ln.ctx.Err() == nil && (ln.count == 0 || ln.left.Add(-1) >= 0)
 }

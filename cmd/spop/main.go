@@ -1,5 +1,5 @@
-// Command spop is curl and wrk for agents of HAProxy's Stream Processing
-// Offload Engine: it sends a message and shows the answer, checks an agent's
+// Command spop is a client for agents of HAProxy's Stream Processing Offload
+// Engine: it sends a message and shows the answer, checks an agent's
 // health as HAProxy does, and measures how fast an agent is.
 package main
 
@@ -180,7 +180,8 @@ func (c *common) trace(conn net.Conn) net.Conn {
 	})
 }
 
-// explain says of errors that do not whom they are about, and in whose words.
+// explain adds the agent's address to err, and says in plain words what a timeout
+// is.
 func (c *common) explain(err error) error {
 	switch {
 	case err == nil:

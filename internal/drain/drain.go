@@ -19,7 +19,7 @@
 //     to using it.
 //   - Hold: HAProxy up to 3.0 goes on using its connections to a server that is
 //     down. So the answers on all of its connections are held back for up to
-//     holdFor: who has no answer sends nothing.
+//     holdFor: a stream of HAProxy's that waits for its answer sends nothing.
 //   - Ready: a connection is ready to be parted when all of its NOTIFYs have an
 //     answer, held or sent, no frame is half there, and it is quiet: idle for
 //     QuietTime, or for fullLooks looks with as many NOTIFYs waiting as HAProxy
@@ -92,7 +92,7 @@ const (
 	longPause    = 5 * time.Millisecond   // between NOTIFYs: HAProxy may not have run
 	evenFor      = 30 * time.Millisecond  // without a long pause: HAProxy runs
 	maxWait      = QuietTime / 4          // for HAProxy to be seen to run: after it none is spare
-	thousand     = 1000                   // connections: those that are idle are parted first, without a hold
+	manyIdle     = 1000                   // connections: those that are idle are parted first, without a hold
 	perLook      = 64                     // connections parted by one look
 	perLastLook  = 256                    // the same from Until on
 	idleLook     = 20 * time.Millisecond  // least time between two looks for idle connections
@@ -121,7 +121,7 @@ type Look struct {
 	Notifies uint64        // received
 	Answered uint64        // of these, how many have an answer, sent or held
 	Partial  bool          // a frame, or a fragmented NOTIFY, is half there
-	LastUsed time.Duration // when something was last received
+	LastUsed time.Duration // when the reader last went back to reading after it had received something
 }
 
 // Conn is a connection. The caller sets its Look before each Step, which sets
@@ -199,7 +199,7 @@ func (h *Host) Step(now time.Duration, conns []*Conn) (next time.Duration) {
 	case !h.Rounds:
 		return min(h.partIdle(now, conns), last)
 	case !h.holding && h.hasSpare(now, conns):
-		if runs || len(conns) > thousand || h.Until > 0 {
+		if runs || len(conns) > manyIdle || h.Until > 0 {
 			partSome(now, conns)
 		}
 		return min(now+Tick(len(conns)), last)
@@ -267,7 +267,7 @@ func (h *Host) partIdle(now time.Duration, conns []*Conn) (next time.Duration) {
 // a hold.
 func (h *Host) hasSpare(now time.Duration, conns []*Conn) bool {
 	busy := h.picks && now-h.ran < maxWait
-	return (busy || len(conns) > thousand) && slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
+	return (busy || len(conns) > manyIdle) && slices.ContainsFunc(conns, func(c *Conn) bool { return c.idle(now) })
 }
 
 // partSome parts the first connections that are idle.
@@ -414,22 +414,22 @@ func part(now time.Duration, conns []*Conn) {
 // on one of the former. When little time is left it parts all that are ready. It
 // reports whether that is done.
 func (h *Host) partReady(conns []*Conn) (done bool) {
-	quiet := h.rounds < 2*patienceWith(len(conns))
+	mustBeQuiet := h.rounds < 2*patienceWith(len(conns))
 	parted := 0
-	part := func(answers bool, some int) {
+	mark := func(answers bool, some int) {
 		for _, c := range conns {
-			if parted < some && (c.ready || !quiet && c.settled) && (c.Answered != c.base) == answers {
+			if parted < some && (c.ready || !mustBeQuiet && c.settled) && (c.Answered != c.base) == answers {
 				parted++
 				c.Verdict = Part
 			}
 		}
 	}
-	part(false, perLook)
+	mark(false, perLook)
 	switch {
 	case h.Until > 0:
-		part(true, perLook)
+		mark(true, perLook)
 	case parted == 0:
-		part(true, min(perLook, 1+len(conns)/boldParts))
+		mark(true, min(perLook, 1+len(conns)/boldParts))
 	}
 	return parted < perLook
 }

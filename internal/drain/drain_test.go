@@ -176,11 +176,11 @@ func TestFewAtATime(t *testing.T) {
 		look    Look
 		n, most int
 	}{
-		"idle":           {Host{}, idle, 2 * thousand, perLook},
-		"together":       {Host{Rounds: true}, idle, thousand, perLook},
-		"thousands":      {Host{Rounds: true}, idle, 2 * thousand, perLook},
-		"thousands used": {Host{Rounds: true}, used, 2 * thousand, perLook},
-		"last":           {Host{Until: 1}, busy, 2 * thousand, perLastLook},
+		"idle":           {Host{}, idle, 2 * manyIdle, perLook},
+		"together":       {Host{Rounds: true}, idle, manyIdle, perLook},
+		"thousands":      {Host{Rounds: true}, idle, 2 * manyIdle, perLook},
+		"thousands used": {Host{Rounds: true}, used, 2 * manyIdle, perLook},
+		"last":           {Host{Until: 1}, busy, 2 * manyIdle, perLastLook},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, tt.host)
@@ -221,7 +221,7 @@ func TestSeldomLooks(t *testing.T) {
 // Of more than a thousand connections those that are idle are parted without a
 // hold, so that those in use are answered meanwhile.
 func TestThousands(t *testing.T) {
-	for n, want := range map[int]Verdict{thousand: Hold, thousand + 1: Part} {
+	for n, want := range map[int]Verdict{manyIdle: Hold, manyIdle + 1: Part} {
 		b := newBench(t, Host{Rounds: true}, used, busy)
 		for range n - 2 {
 			b.add(idle)

@@ -3,7 +3,7 @@
 //
 // It knows no net, frame format or log; of a frame it knows the length field.
 // It is a package of its own so that only the methods of [Box] change what its
-// lock guards, each of which wakes all who wait for such a change.
+// lock guards, each of which wakes those who may wait for what it changes.
 package outbox
 
 import (
@@ -217,10 +217,9 @@ func (b *Box) Release() bool {
 	return len(b.frames) > 0 && !b.writing
 }
 
-// Part prepares for a Close that is to follow, if notifies, the number of NOTIFYs
-// received, is still what was seen, and all have an answer: what is held stays so
-// until then, and the reader waits no more until less is unsent. It reports
-// whether that is done, or the box is closed.
+// Part reports whether every NOTIFY received so far has an answer and none has come
+// since seen, or the box is closed. Notifies is how many were received. If so, Send
+// waits no more from now on, and what is held stays held until Close.
 func (b *Box) Part(seen uint64, notifies *atomic.Uint64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

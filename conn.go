@@ -274,6 +274,26 @@ func (c *conn) end(rd *reader, why error) {
 	}
 }
 
+// refuse closes a connection beyond WithMaxConns, and tells its peer why, as far
+// as that takes no time.
+func (a *Agent) refuse(c *conn) {
+	c.cancel()
+	if n, ok := a.workers.limit.Allow("max conns"); ok {
+		level.Warn(a.logger).Log("msg", "connection refused: too many", "max", a.maxConns, "suppressed", n)
+	}
+	if !a.refusing.CompareAndSwap(false, true) {
+		go c.nc.Close()
+		return
+	}
+	go func() {
+		defer a.refusing.Store(false)
+		c.nc.SetDeadline(time.Now().Add(refuseFor))
+		c.nc.Write(appendDisconnect(nil, frameAgentDisconnect, StatusNoResources, "too many connections"))
+		linger(c.nc, refuseFor)
+		c.nc.Close()
+	}()
+}
+
 // linger waits until the peer has seen what was written last: closing at once
 // would reset the connection if the peer has sent what was not read.
 func linger(nc net.Conn, d time.Duration) {

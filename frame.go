@@ -277,6 +277,9 @@ func finishFrame(b []byte, start int) []byte {
 	return b
 }
 
+// isAck reports whether a frame, with its length, is an ACK.
+func isAck(frame []byte) bool { return frame[lengthSize] == frameAck }
+
 // appendAck appends the ACK of a NOTIFY, whose ids go back as they came, with the
 // actions one after the other.
 func appendAck(b []byte, flags uint32, ids []byte, actions ...[]byte) []byte {

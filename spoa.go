@@ -239,26 +239,6 @@ func (a *Agent) serveConn(l *listener, nc net.Conn) {
 	}
 }
 
-// refuse closes a connection beyond WithMaxConns, and tells its peer why, as far
-// as that takes no time.
-func (a *Agent) refuse(c *conn) {
-	c.cancel()
-	if n, ok := a.workers.limit.Allow("max conns"); ok {
-		level.Warn(a.logger).Log("msg", "connection refused: too many", "max", a.maxConns, "suppressed", n)
-	}
-	if !a.refusing.CompareAndSwap(false, true) {
-		go c.nc.Close()
-		return
-	}
-	go func() {
-		defer a.refusing.Store(false)
-		c.nc.SetDeadline(time.Now().Add(refuseFor))
-		c.nc.Write(appendDisconnect(nil, frameAgentDisconnect, StatusNoResources, "too many connections"))
-		linger(c.nc, refuseFor)
-		c.nc.Close()
-	}()
-}
-
 // forget forgets a connection that has ended.
 func (a *Agent) forget(c *conn) {
 	a.mu.Lock()
@@ -296,8 +276,6 @@ func (a *Agent) join(c *conn) {
 	}
 	s.Join(&c.box, lengthSize+c.agreed.frameSize)
 }
-
-func isAck(frame []byte) bool { return frame[lengthSize] == frameAck }
 
 // Shutdown ends the agent without losing a request. It returns nil when that is
 // done.

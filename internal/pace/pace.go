@@ -15,8 +15,8 @@ import "time"
 //     goroutine. That costs a few microseconds, once, so it may be wrong: the
 //     goroutine may just have been preempted.
 //   - Two such calls within StallRun calls, or one among a connection's first,
-//     or two batches in a row with more than SlowCall a call while others
-//     waited, and the next SpreadRun NOTIFYs go to workers. One alone proves
+//     or two batches in a row with more than SlowCall a call, the second while
+//     others waited, and the next SpreadRun NOTIFYs go to workers. One alone proves
 //     nothing, since wall time counts preemption.
 //   - After that one call is tried inline. If it is slow, the next ones are spread
 //     again: a slow handler costs its neighbours one call in SpreadRun; a false

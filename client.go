@@ -321,9 +321,9 @@ func (c *Client) abandon(stream uint64) bool {
 func ignore([]Action, error) {}
 
 // Close sends a HAPROXY-DISCONNECT (SPOE.txt 3.2.8), waits for the agent's answer
-// for up to two seconds, and closes the connection. It returns nil if the agent answers with
-// AGENT-DISCONNECT and StatusNormal, or if the connection had ended before, and
-// what the agent did instead otherwise. Notifys that wait fail at once.
+// for up to two seconds, and closes the connection. It returns nil if the agent
+// answers with AGENT-DISCONNECT and StatusNormal, or if the connection had ended
+// before, and what the agent did instead otherwise. Notifys that wait fail at once.
 func (c *Client) Close() error {
 	c.stop(fault(StatusNormal, "the client was closed"))
 	<-c.done

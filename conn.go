@@ -46,7 +46,7 @@ type conn struct {
 	// For any goroutine to read.
 	peer     atomic.Pointer[Peer] // set anew at the HELLO
 	notifies atomic.Uint64        // received
-	lastUsed atomic.Int64         // when the reader last went back to reading, having dealt with what it had read: a time.Duration
+	lastUsed atomic.Int64         // when the reader had dealt with what it had read, and went on reading: a time.Duration
 	partial  atomic.Bool          // what was read ends within a frame, or within a fragmented NOTIFY
 	leaving  atomic.Bool          // the reader is to end the connection, or is about to
 
@@ -60,7 +60,7 @@ type conn struct {
 	fragments   assembler
 	armed       time.Duration // when the read deadline is; 0: none
 	frameStart  time.Duration // when the frame that is being read began; 0: none is
-	notifyStart time.Duration // when the fragmented NOTIFY began, or later by the time that was not spent reading; 0: none is open
+	notifyStart time.Duration // when the fragmented NOTIFY began, plus the time since in which nothing was read; 0: none is open
 	used        bool          // something was received since the buffers were shrunk
 }
 

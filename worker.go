@@ -116,8 +116,8 @@ func faultOf(err error) Fault {
 }
 
 // job is a NOTIFY on its way from frame to ACK. It belongs to the goroutine
-// that runs its handlers, to its queue, or to the bound whose slot it waits for; what the watch reads and writes too is
-// guarded by the queue's lock.
+// that runs its handlers, to its queue, or to the bound whose slot it waits for;
+// what the watch reads and writes too is guarded by the queue's lock.
 type job struct {
 	notify
 	queue   *queue

@@ -213,8 +213,8 @@ func serve(c *config, stderr *linewriter.Writer) error {
 func (s *service) begin() {
 	s.notifySystemd(daemon.SdNotifyStopping)
 	s.status.Drain()
-	_, interrupt := s.agent.Actor(s.listeners[0], s.config.drain)
-	interrupt(nil)
+	_, shutdown := s.agent.Actor(s.listeners[0], s.config.drain)
+	shutdown(nil)
 	// The next process has these sockets too; until it accepts, HAProxy waits.
 	listen.CloseAll(s.listeners[:s.passed])
 }
